@@ -1,0 +1,55 @@
+# The commands of a checkout. Each sets up .venv by itself, and takes seconds when nothing changed.
+#
+#   make demo    train on a synthetic scene with and without the losses; a table and a picture in runs/demo/
+#   make test    every test (PYTEST_ARGS="-k name" for some)
+#   make lint    ruff and mypy
+#   make bench   the benchmarks
+#   make wheel   source archive and wheel in dist/
+#
+# PYTHON names the interpreter that .venv is made with (3.11 or newer), WORKERS the processes of the tests.
+
+PYTHON ?= python3
+CORES := $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) : 8)))
+
+BIN := .venv/bin
+READY := .venv/.in2nect-ready
+INSTALLED_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint bench wheel setup
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/in2nect demo
+
+# One thread a worker: the workers are the parallelism.
+test: $(READY)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@for script in $(wildcard bench/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	@$(if $(wildcard bench/*.py),:,echo "There is no benchmark in bench/ yet: nothing was measured.")
+
+# The wheel is built from the source archive, so both are tried.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+setup: $(READY)
+
+# torch comes first: the compiled operators are built against the one that is installed.
+$(READY): $(INSTALLED_FROM)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "in2nect needs Python 3.11 or newer and PYTHON=$(PYTHON) is not: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
+	  | xargs $(BIN)/python -m pip install --quiet
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,bundled]'
+	@$(BIN)/python -c 'from in2nect import native; [print(b, "operators:", native.why_not(b) or "ready") for b in ("cpp", "cuda")]'
+	@touch $@

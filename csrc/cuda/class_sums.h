@@ -1,0 +1,21 @@
+// The CUDA operators behind torch.ops.in2nect_cuda; see class_sums.cu.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace in2nect::cuda {
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> class_sums(
+    torch::stable::Tensor features, torch::stable::Tensor labels, int64_t num_classes, int64_t ignore_index,
+    bool normalize, bool squares);
+
+torch::stable::Tensor class_sums_backward(std::optional<torch::stable::Tensor> grad_sums,
+                                          std::optional<torch::stable::Tensor> grad_squares,
+                                          torch::stable::Tensor features, torch::stable::Tensor labels,
+                                          int64_t ignore_index, bool normalize);
+
+}  // namespace in2nect::cuda
