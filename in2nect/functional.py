@@ -1,0 +1,275 @@
+"""The losses as functions: class means, inter-class loss (Eqs. 5, 10) and intra-class loss (Eq. 6), over the operators.
+
+``exact`` costs O(N^2 d) time, ``sampled`` O(N d + (K m)^2 d), ``moments`` O(N d (K + d)); none keeps an N x N matrix.
+Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
+``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
+use :func:`in2nect.reference.intra_class_loss`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from in2nect import ops, reference
+from in2nect.labels import Resolution, as_grid, check_inputs, to_feature_grid, valid_mask
+from in2nect.reference import Covariance, Denominator, Estimator
+
+# Below these temperatures the second-order expansion is off by more than a few percent (docs/mathematics.md,
+# "Estimators").
+MINIMUM_TEMPERATURE = {"pooled": 0.5, "class": 0.2}
+
+
+def class_means(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int = 255,
+    resolution: Resolution = "label",
+) -> tuple[Tensor, Tensor]:
+    """Mean representation of each class's pixels (Eq. 3).
+
+    Args:
+        features: (B, d, h, w) in any memory format, or (N, d); float32, float64, bfloat16 or float16.
+        labels: (B, H, W) or (N,); uint8, int32 or int64.
+        num_classes: K, at least 2.
+        ignore_index: label of pixels that belong to no class.
+        resolution: "label": features are bilinearly brought to the labels (align_corners=False); "feature": labels are
+            brought to the feature grid by nearest neighbour.
+
+    Returns:
+        Means (K, d), 0 for absent classes, and counts (K,) int64. Means are float32, or float64 for float64 features.
+
+    Raises:
+        ValueError: shapes, K < 2, or (on the CPU; a device-side assertion on CUDA) labels that are neither a class nor
+            ``ignore_index``.
+        TypeError: dtypes.
+    """
+    sums, counts, _ = ops.class_sums(features, labels, num_classes, ignore_index=ignore_index, resolution=resolution)
+    return sums / counts.clamp(min=1)[:, None].to(sums.dtype), counts
+
+
+def inter_class_loss(means: Tensor, counts: Tensor, etf: Tensor, *, denominator: Denominator = "vertices") -> Tensor:
+    """Cross-entropy of the present classes' means against the vertices of a simplex ETF, summed over these classes.
+
+    Args:
+        means: (K, d), of :func:`class_means`.
+        counts: (K,); a class of count 0 contributes nothing.
+        etf: (K, d) vertices, of :func:`in2nect.simplex_etf`.
+        denominator: "vertices" (Eq. 10) or "means" (Eq. 5 as printed, which all-zero features satisfy as well as a
+            perfect ETF does; there to reproduce the paper).
+
+    Returns:
+        Scalar; a zero connected to the graph where no class is present.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown denominator.
+    """
+    if means.dim() != 2 or means.shape != etf.shape or counts.shape != means.shape[:1]:
+        raise ValueError(
+            f"means {tuple(means.shape)}, counts {tuple(counts.shape)}, etf {tuple(etf.shape)}; "
+            "expected (K, d), (K,) and (K, d)."
+        )
+    with _full_precision(means):
+        present = counts > 0
+        logits = means @ etf.to(means.dtype).T  # (K, K): class mean, vertex
+        own = logits.diagonal()
+        if denominator == "vertices":
+            competitors = torch.logsumexp(logits, dim=1)
+        elif denominator == "means":
+            lowest = torch.finfo(own.dtype).min
+            competitors = torch.logsumexp(own.masked_fill(~present, lowest), dim=0).expand_as(own)
+        else:
+            raise ValueError(f'denominator is {denominator!r}; expected "vertices" (Eq. 10) or "means" (Eq. 5).')
+        return torch.where(present, competitors - own, 0.0).sum()
+
+
+def intra_class_loss(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    estimator: Estimator = "moments",
+    covariance: Covariance = "pooled",
+    per_class: int = 256,
+    temperature: float = 1.0,
+    normalize: bool = True,
+    ignore_index: int = 255,
+    resolution: Resolution = "label",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Class-averaged pairwise loss (Eq. 6): it pulls the pixels of a class together and away from all others'.
+
+    Args:
+        features: (B, d, h, w) in any memory format, or (N, d); float32, float64, bfloat16 or float16.
+        labels: (B, H, W) or (N,); uint8, int32 or int64.
+        num_classes: K, at least 2.
+        estimator: of the term log D, the exponentials: "exact" takes every pair, "sampled" draws ``per_class`` anchors
+            and keys a class, "moments" expands each class's mean exponential to second order. The positive term is
+            exact.
+        covariance: of "moments": one for all classes ("pooled", temperature >= 0.5) or each its own ("class", >= 0.2).
+        per_class: of "sampled".
+        temperature: tau > 0, divides the similarities.
+        normalize: compare directions (cosine similarity); False compares raw rows, which "moments" cannot.
+        ignore_index: label of pixels that belong to no class.
+        resolution: see :func:`class_means`.
+        generator: of "sampled"; None takes torch's default one.
+
+    Returns:
+        Scalar, float32 or float64 for float64 features. Classes with a single pixel are negatives only; where no class
+        has two, the result is a zero connected to the graph.
+
+    Raises:
+        ValueError: shapes, K < 2, labels (see :func:`class_means`), an unknown name, or a temperature out of the range.
+        TypeError: dtypes.
+    """
+    check_settings(estimator, covariance, temperature, normalize)
+    check_inputs(features, labels, num_classes, resolution)
+    with _full_precision(features):
+        if estimator != "sampled":
+            # These two differentiate the features along two ways: the sum is to be rounded to their dtype once.
+            features = features.to(ops.accumulation_dtype(features.dtype))
+        sums, counts, squares = ops.class_sums(
+            features,
+            labels,
+            num_classes,
+            ignore_index=ignore_index,
+            resolution=resolution,
+            normalize=normalize,
+            squares=True,
+        )
+        n = counts.to(sums.dtype)
+        paired = counts >= 2
+        pairs = torch.where(paired, n * (n - 1), 1.0)
+        positive = torch.where(paired, (sums.square().sum(1) - squares) / (pairs * temperature), 0.0).sum()
+        if estimator == "sampled":
+            log_d = _sampled(
+                features,
+                labels,
+                num_classes,
+                per_class,
+                temperature,
+                normalize,
+                ignore_index,
+                resolution,
+                paired,
+                generator,
+            )
+        else:
+            rows, flat = reference.all_rows(features, labels, resolution=resolution)
+            rows = reference.unit_rows(rows) if normalize else rows
+            valid = valid_mask(flat, num_classes, ignore_index)
+            classes = torch.where(valid, flat, 0).long()
+            weights = torch.where(valid, 1.0 / n.clamp(min=1.0)[classes], 0.0)
+            anchor_weights = torch.where(paired[classes], weights, 0.0)
+            if estimator == "exact":
+                log_d = _weighted(anchor_weights, ops.pair_logsumexp(rows, weights, temperature))
+            else:
+                log_d = _moments(rows, classes, weights, anchor_weights, sums, counts, temperature, covariance)
+        return log_d - positive
+
+
+def intra_class_floor(num_classes: int, temperature: float = 1.0) -> float:
+    """The intra-class loss of unit rows that sit on a perfect simplex ETF of K classes: what a plot should subtract."""
+    own, other = 1.0 / temperature, -1.0 / ((num_classes - 1) * temperature)
+    return num_classes * (math.log(math.exp(own) + (num_classes - 1) * math.exp(other)) - own)
+
+
+def check_settings(estimator: str, covariance: str, temperature: float, normalize: bool) -> None:
+    """Raise ValueError on settings of the intra-class loss that do not exist or do not hold together."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a positive number.")
+    if estimator not in ("moments", "exact", "sampled"):
+        raise ValueError(f'estimator is {estimator!r}; expected "moments", "exact" or "sampled".')
+    if covariance not in MINIMUM_TEMPERATURE:
+        raise ValueError(f'covariance is {covariance!r}; expected "pooled" or "class".')
+    if estimator != "moments":
+        return
+    if not normalize:
+        raise ValueError(
+            'estimator="moments" with normalize=False: raw similarities are unbounded, and the expansion fails. '
+            'Use estimator="exact" or "sampled", or normalize=True.'
+        )
+    if temperature < MINIMUM_TEMPERATURE[covariance]:
+        raise ValueError(
+            f'temperature is {temperature}; estimator="moments" holds for temperature >= '
+            f'{MINIMUM_TEMPERATURE["pooled"]} (covariance="pooled") or >= {MINIMUM_TEMPERATURE["class"]} ("class"). '
+            'Below that use estimator="exact" or "sampled".'
+        )
+
+
+def _weighted(weights: Tensor, log_d: Tensor) -> Tensor:
+    """``sum_i weights_i log D_i``, where a row of weight 0 may have log D = -inf."""
+    return torch.where(weights > 0, weights * log_d, 0.0).sum()
+
+
+def _sampled(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    per_class: int,
+    temperature: float,
+    normalize: bool,
+    ignore_index: int,
+    resolution: Resolution,
+    paired: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """``sum_k mean_{i in I_k} log D_i`` with log D over keys J, both drawn per class."""
+    grid, grid_labels = as_grid(features, labels)
+    if resolution == "feature":
+        grid_labels = to_feature_grid(grid_labels, *grid.shape[2:])
+    height, width = grid_labels.shape[1:]
+    drawn_rows, drawn_weights = [], []
+    for seed in reference.draw_seeds(generator, features.device):
+        indices = ops.sample_pixels(grid_labels, num_classes, per_class, seed, ignore_index=ignore_index)  # (K, m)
+        there = indices >= 0
+        drawn_rows.append(ops.gather_rows(grid, indices.flatten(), height, width, normalize=normalize))
+        drawn_weights.append(there / there.sum(1, keepdim=True).clamp(min=1).to(drawn_rows[-1].dtype))
+    anchor_weights = torch.where(paired[:, None], drawn_weights[0], 0.0).flatten()
+    log_d = ops.pair_logsumexp(drawn_rows[0], drawn_weights[1].flatten(), temperature, keys=drawn_rows[1])
+    return _weighted(anchor_weights, log_d)
+
+
+def _moments(
+    rows: Tensor,
+    classes: Tensor,
+    weights: Tensor,
+    anchor_weights: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    temperature: float,
+    covariance: Covariance,
+) -> Tensor:
+    """``sum_i a_i log D_i`` by second-order cumulants; rows of weight 0 count for nothing.
+
+    Pooled: ``sum_i a_i LSE_i + tr(Sigma_bar B) / (2 tau^2)``, B = sum_i a_i u_i u_i^T, which spares the quadratic a
+        pixel.
+    """
+    present = counts > 0
+    centres = sums / counts.clamp(min=1)[:, None].to(sums.dtype)  # (K, d)
+    exponents = rows @ centres.T / temperature  # (N, K)
+    if covariance == "class":
+        quadratics = []
+        for k, centre in enumerate(centres):
+            of_class = torch.where(classes == k, weights, 0.0)
+            sigma = (rows * of_class[:, None]).T @ rows - torch.outer(centre, centre)
+            quadratics.append(((rows @ sigma) * rows).sum(1) / (2 * temperature**2))
+        exponents = exponents + torch.stack(quadratics, dim=1)
+    # the lowest finite number, not -inf: with no class present the softmax of the backward stays finite
+    exponents = exponents.masked_fill(~present, torch.finfo(rows.dtype).min)
+    log_d = _weighted(anchor_weights, torch.logsumexp(exponents, dim=1))
+    if covariance == "class":
+        return log_d
+    second_moment = (rows * weights[:, None]).T @ rows  # M2, (d, d)
+    pooled = (second_moment - centres.T @ centres) / present.sum().clamp(min=1)
+    anchors_moment = (rows * anchor_weights[:, None]).T @ rows  # B, (d, d)
+    return log_d + (pooled * anchors_moment).sum() / (2 * temperature**2)
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast off: the losses accumulate in float32 or float64 whatever the model runs in."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)

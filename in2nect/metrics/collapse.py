@@ -1,0 +1,136 @@
+"""Collapse degrees (the paper's Table 2, repaired) and the neural-collapse measures NC1 to NC4 (Papyan, Han and Donoho
+2020).
+
+Streaming: sums over batches in float64, O(K d + d^2) memory; no pixel is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from in2nect import ops, reference
+from in2nect.labels import Resolution, valid_mask
+
+
+class CollapseMetrics:
+    """How far representations have collapsed onto their class means, and these onto a simplex ETF; 0 is full collapse.
+
+    Args:
+        num_classes: K.
+        dim: d.
+        ignore_index: label of pixels that belong to no class.
+        resolution: where rows are compared: at the feature grid (default) or the labels'.
+    """
+
+    def __init__(
+        self, num_classes: int, dim: int, *, ignore_index: int = 255, resolution: Resolution = "feature"
+    ) -> None:
+        self.num_classes = num_classes
+        self.dim = dim
+        self.ignore_index = ignore_index
+        self.resolution: Resolution = resolution
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._counts = torch.zeros(self.num_classes, dtype=torch.int64)
+        self._sums = torch.zeros(self.num_classes, self.dim, dtype=torch.float64)
+        self._unit_sums = torch.zeros_like(self._sums)
+        self._unit_squares = torch.zeros(self.num_classes, dtype=torch.float64)
+        self._second_moment = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        self._agreeing = self._compared = 0
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch: features (B, d, h, w) or (N, d), labels (B, H, W) or (N,)."""
+        features = features.detach().double()
+        class_sums = functools.partial(
+            ops.class_sums,
+            features,
+            labels,
+            self.num_classes,
+            ignore_index=self.ignore_index,
+            resolution=self.resolution,
+        )
+        sums, counts, _ = class_sums()
+        unit_sums, _, unit_squares = class_sums(normalize=True, squares=True)
+        rows = self._rows(features, labels)
+        self._counts += counts.cpu()
+        self._sums += sums.cpu()
+        self._unit_sums += unit_sums.cpu()
+        self._unit_squares += unit_squares.cpu()
+        self._second_moment += (rows.T @ rows).cpu()
+
+    def compute(self, classifier: Tensor | None = None) -> dict[str, float]:
+        """The measures over every batch so far; NaN where there is nothing to measure.
+
+        Args:
+            classifier: (K, d) weights of the classifier; adds "nc3".
+
+        Returns:
+            delta_inter: ``mean_{k != k'} | cos(mu_k - mu_G, mu_k' - mu_G) + 1/(K'-1) |``, mu_G the mean of class means.
+            delta_intra: ``mean_i ||u_i - mean u of its class||^2`` over unit rows u.
+            nc1: ``tr(Sigma_W Sigma_B^+) / K'``, Sigma_W averaged over pixels.
+            nc2_equinorm: standard deviation over mean of ``||mu_k - mu_G||``.
+            nc2_equiangular: standard deviation of the cosines between centred class means.
+            nc3: ``|| W / ||W|| - M / ||M|| ||`` (Frobenius), M the centred class means.
+            nc4: share of pixels whose prediction is not their nearest class mean, if :meth:`update_agreement` was
+                called.
+        """
+        present = self._counts > 0
+        classes = int(present.sum())
+        if classes < 2:
+            names = ["delta_inter", "delta_intra", "nc1", "nc2_equinorm", "nc2_equiangular"]
+            return dict.fromkeys(names, float("nan"))
+        counts = self._counts[present].double()[:, None]
+        means = self._sums[present] / counts
+        centred = means - means.mean(0)
+        cosines = F.normalize(centred) @ F.normalize(centred).T
+        off_diagonal = cosines[~torch.eye(classes, dtype=torch.bool)]
+        norms = centred.norm(dim=1)
+
+        unit_means = self._unit_sums[present] / counts
+        scatter = self._unit_squares[present].sum() - (counts * unit_means.square()).sum()
+        within = (self._second_moment - (counts * means).T @ means) / counts.sum()
+        between = centred.T @ centred / classes
+        measures = {
+            "delta_inter": (off_diagonal + 1.0 / (classes - 1)).abs().mean(),
+            "delta_intra": scatter.clamp(min=0.0) / counts.sum(),
+            "nc1": torch.trace(within @ torch.linalg.pinv(between, hermitian=True)) / classes,
+            "nc2_equinorm": norms.std(correction=0) / norms.mean(),
+            "nc2_equiangular": off_diagonal.std(correction=0),
+        }
+        if classifier is not None:
+            weights = classifier.detach().double().cpu().flatten(1)[present]
+            measures["nc3"] = (weights / weights.norm() - centred / centred.norm()).norm()
+        if self._compared:
+            measures["nc4"] = torch.tensor(1.0 - self._agreeing / self._compared)
+        return {name: float(value) for name, value in measures.items()}
+
+    @torch.no_grad()
+    def update_agreement(self, features: Tensor, labels: Tensor, predictions: Tensor) -> None:
+        """Second pass, for nc4: compare predictions with the nearest of the class means collected so far.
+
+        Args:
+            features: (B, d, h, w) or (N, d).
+            labels: (B, H, W) or (N,): which pixels count.
+            predictions: the labels' shape: the network's classes.
+        """
+        rows = self._rows(features.detach().double(), labels)
+        _, flat_labels = reference.all_rows(features, labels, resolution=self.resolution)
+        _, flat_predictions = reference.all_rows(features, predictions, resolution=self.resolution)
+        mask = valid_mask(flat_labels, self.num_classes, self.ignore_index)
+        means = self._sums / self._counts.clamp(min=1)[:, None]
+        distances = torch.cdist(rows.cpu(), means).masked_fill(self._counts == 0, float("inf"))
+        self._agreeing += int((distances.argmin(1) == flat_predictions[mask].cpu()).sum())
+        self._compared += len(rows)
+
+    def _rows(self, features: Tensor, labels: Tensor) -> Tensor:
+        rows, _ = reference.labelled_rows(
+            features, labels, self.num_classes, ignore_index=self.ignore_index, resolution=self.resolution
+        )
+        return rows

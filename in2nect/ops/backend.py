@@ -1,0 +1,121 @@
+"""Which implementation runs an operator: ``reference`` (torch operators, always there), ``cpp`` (csrc/cpu), ``cuda``
+(csrc/cuda) or ``triton`` (kernels/). Chosen by the tensor's device unless ``use_backend`` or IN2NECT_BACKEND says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from in2nect import native
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")}  # by device, the fastest first
+_DEVICE = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}  # where a backend runs; the reference runs anywhere
+
+_implementations: dict[tuple[str, str], Callable] = {}
+_chosen: str | None = None
+_warned: set[str] = set()
+
+
+class use_backend:  # a function to its users, who may also open it as a context
+    """Choose the backend of every operator: ``use_backend("reference")``, or ``with use_backend("cpp"): ...``.
+
+    An operator which the backend does not implement runs on the reference. ``None`` returns to the choice by device.
+
+    Args:
+        name: "reference", "cpp", "cuda", "triton" or None.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend is not available here; the message says how to get it.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _chosen
+        if name is not None:
+            _check_available(name)
+        self._previous = _chosen
+        _chosen = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def implementation(operator: str, backend: str) -> Callable[[Callable], Callable]:
+    """Decorator: register a function as an operator's implementation on a backend."""
+
+    def register(function: Callable) -> Callable:
+        _implementations[operator, backend] = function
+        return function
+
+    return register
+
+
+def select(operator: str, device: torch.device) -> Callable:
+    """The implementation of an operator for tensors on a device."""
+    backend = _chosen or os.environ.get("IN2NECT_BACKEND") or None
+    if backend is not None:
+        if _chosen is None:
+            _check_available(backend)
+        if _DEVICE.get(backend, device.type) != device.type:
+            raise RuntimeError(
+                f"The backend {backend!r} runs on {_DEVICE[backend]} and the tensors are on {device.type}. Move them, "
+                "or let the device choose: in2nect.use_backend(None), and unset IN2NECT_BACKEND."
+            )
+        return _implementations.get((operator, backend), _implementations[operator, "reference"])
+    for candidate in _PREFERENCE.get(device.type, ("reference",)):
+        if (operator, candidate) in _implementations and why_not(candidate) is None:
+            if candidate == "reference" and device.type == "cuda":
+                warn_slow(operator)
+            return _implementations[operator, candidate]
+    raise AssertionError(f"{operator} has no reference implementation")
+
+
+def why_not(backend: str) -> str | None:
+    """None where a backend can run here; else the reason, with how to get it."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return "the Triton kernels are not part of this version; use 'cuda', 'cpp' or 'reference'"
+    return native.why_not(backend)
+
+
+def implements(operator: str, backend: str) -> bool:
+    """Whether an operator has an implementation of its own on a backend."""
+    return (operator, backend) in _implementations
+
+
+def operators() -> list[str]:
+    """The names of all operators."""
+    return sorted({operator for operator, _ in _implementations})
+
+
+def _check_available(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"There is no backend {name!r}; expected one of {', '.join(BACKENDS)}.")
+    reason = why_not(name)
+    if reason is not None:
+        raise RuntimeError(f"The backend {name!r} is not available: {reason}.")
+
+
+def warn_slow(operator: str) -> None:
+    """Say once that an operator meets CUDA tensors with nothing faster than plain torch."""
+    if operator not in _warned:
+        _warned.add(operator)
+        warnings.warn(
+            f"in2nect::{operator} runs on CUDA through plain torch operators, slower and larger than a kernel would be "
+            "(`in2nect doctor` says which backends work).",
+            stacklevel=2,
+        )

@@ -1,0 +1,131 @@
+"""``in2nect::pair_logsumexp``: log D_i of Eq. 6, one log-sum-exp a row over weighted columns.
+
+The reference works through tiles of anchors: O(N^2 d) time, O(tile x N) memory, backward recomputed. Once
+differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from in2nect.ops._registration import define, differentiable, once_differentiable
+from in2nect.ops.backend import implementation, select
+
+TILE_ELEMENTS = 2**22  # of one tile of similarities: 16 MiB in float32
+
+
+def pair_logsumexp(anchors: Tensor, weights: Tensor, temperature: float, *, keys: Tensor | None = None) -> Tensor:
+    """``log sum_j weights_j exp(anchors_i.keys_j / temperature)``.
+
+    Args:
+        anchors: (N, d), float32 or float64.
+        weights: (M,) non-negative, constant (no gradient flows to them); a key of weight 0 is not there.
+        temperature: positive.
+        keys: (M, d); None takes the anchors themselves (the symmetric form).
+
+    Returns:
+        (N,); -inf where every weight is 0.
+
+    Raises:
+        ValueError: sizes do not fit, a temperature that is not positive, or weights that require a gradient.
+    """
+    columns = anchors if keys is None else keys
+    if anchors.dim() != 2 or columns.dim() != 2 or anchors.shape[1] != columns.shape[1]:
+        raise ValueError(f"anchors {tuple(anchors.shape)} and keys {tuple(columns.shape)}; expected (N, d) and (M, d).")
+    if weights.shape != columns.shape[:1]:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; expected one a key, ({columns.shape[0]},).")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a positive number.")
+    if weights.requires_grad:
+        raise ValueError("weights require a gradient, which pair_logsumexp does not give; pass weights.detach().")
+    return torch.ops.in2nect.pair_logsumexp(anchors, keys, weights, temperature)
+
+
+def _pair_logsumexp(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float) -> Tensor:
+    return select("pair_logsumexp", anchors.device)(anchors, keys, weights, temperature)
+
+
+def _pair_logsumexp_fake(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float) -> Tensor:
+    return anchors.new_empty(anchors.shape[0])
+
+
+def _pair_logsumexp_backward(
+    grad: Tensor, log_d: Tensor, anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    kernel = select("pair_logsumexp_backward", anchors.device)
+    return kernel(grad, log_d, anchors, keys, weights, temperature)
+
+
+def _pair_logsumexp_backward_fake(
+    grad: Tensor, log_d: Tensor, anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    grad_keys = anchors.new_empty((0, anchors.shape[1])) if keys is None else torch.empty_like(keys)
+    return torch.empty_like(anchors), grad_keys
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    anchors, keys, weights, temperature = inputs
+    ctx.save_for_backward(output, anchors, keys, weights)
+    ctx.temperature = temperature
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    log_d, anchors, keys, weights = ctx.saved_tensors
+    grad_anchors, grad_keys = torch.ops.in2nect.pair_logsumexp_backward(
+        grad, log_d, anchors, keys, weights, ctx.temperature
+    )
+    return grad_anchors, None if keys is None else grad_keys, None, None
+
+
+define(
+    "pair_logsumexp(Tensor anchors, Tensor? keys, Tensor weights, float temperature) -> Tensor",
+    _pair_logsumexp,
+    _pair_logsumexp_fake,
+)
+define(
+    "pair_logsumexp_backward(Tensor grad, Tensor log_d, Tensor anchors, Tensor? keys, Tensor weights, "
+    "float temperature) -> (Tensor grad_anchors, Tensor grad_keys)",
+    _pair_logsumexp_backward,
+    _pair_logsumexp_backward_fake,
+)
+differentiable("pair_logsumexp", _backward, _setup_context)
+once_differentiable("pair_logsumexp_backward")
+
+
+@implementation("pair_logsumexp", "reference")
+def _reference(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float) -> Tensor:
+    columns = anchors if keys is None else keys
+    log_weights = weights.log()
+    log_d = anchors.new_empty(len(anchors))
+    for tile in _tiles(len(anchors), len(columns)):
+        similarity = anchors[tile] @ columns.T / temperature  # [tile, M]
+        log_d[tile] = torch.logsumexp(similarity + log_weights, dim=1)
+    return log_d
+
+
+@implementation("pair_logsumexp_backward", "reference")
+def _reference_backward(
+    grad: Tensor, log_d: Tensor, anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    columns = anchors if keys is None else keys
+    log_weights = weights.log()
+    grad_anchors = torch.empty_like(anchors)
+    grad_columns = torch.zeros_like(columns)
+    for tile in _tiles(len(anchors), len(columns)):
+        similarity = anchors[tile] @ columns.T / temperature
+        # where D is 0 (log_d -inf) there is no key and so no gradient, where -inf - -inf would make NaN
+        share = (similarity + log_weights - log_d[tile, None]).exp().nan_to_num(nan=0.0)
+        share = share * (grad[tile, None] / temperature)  # [tile, M]
+        grad_anchors[tile] = share @ columns
+        grad_columns += share.T @ anchors[tile]
+    if keys is None:
+        return grad_anchors + grad_columns, anchors.new_empty((0, anchors.shape[1]))
+    return grad_anchors, grad_columns
+
+
+def _tiles(rows: int, columns: int) -> list[slice]:
+    step = max(1, TILE_ELEMENTS // max(columns, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

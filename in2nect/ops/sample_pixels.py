@@ -1,0 +1,91 @@
+"""``in2nect::sample_pixels``: up to m pixels a class, uniform without replacement, for the ``sampled`` estimator.
+
+A class keeps its pixels with the smallest hash(seed, step, pixel index): no random state, no host synchronisation, the
+same pixels on every device, and samples of parts of a batch merge. The reference sorts: O(N log N).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from in2nect.labels import valid_mask
+from in2nect.ops._registration import define
+from in2nect.ops.backend import implementation, select
+
+# SplitMix64's constants as signed 64-bit integers: torch has no arithmetic on unsigned ones, and products wrap alike.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def sample_pixels(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """Flat indices of the pixels drawn for each class.
+
+    Args:
+        labels: any shape; index i is the i-th pixel in row-major order.
+        num_classes: K.
+        per_class: m, at least 1.
+        seed: (2,) int64 on the labels' device: seed and step.
+        ignore_index: label of pixels that belong to no class.
+
+    Returns:
+        (K, m) int64: the ``min(m, n_k)`` pixels of class k with the smallest hash, ascending by hash, then -1.
+
+    Raises:
+        ValueError: per_class or the seed's shape.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class is {per_class}; expected at least 1.")
+    if seed.shape != (2,) or seed.dtype != torch.int64:
+        raise ValueError(f"seed is {tuple(seed.shape)} {seed.dtype}; expected (2,) int64: seed and step.")
+    return torch.ops.in2nect.sample_pixels(labels, num_classes, per_class, seed, ignore_index)
+
+
+def _sample_pixels(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, ignore_index: int) -> Tensor:
+    return select("sample_pixels", labels.device)(labels, num_classes, per_class, seed, ignore_index)
+
+
+def _sample_pixels_fake(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, ignore_index: int) -> Tensor:
+    return labels.new_empty((num_classes, per_class), dtype=torch.int64)
+
+
+define(
+    "sample_pixels(Tensor labels, int num_classes, int per_class, Tensor seed, int ignore_index) -> Tensor",
+    _sample_pixels,
+    _sample_pixels_fake,
+)
+
+
+@implementation("sample_pixels", "reference")
+def _reference(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, ignore_index: int) -> Tensor:
+    flat = labels.flatten()
+    # ignored pixels go into a class of their own, after the others
+    classes = torch.where(valid_mask(flat, num_classes, ignore_index), flat.long(), num_classes)
+    by_hash = torch.argsort(hash_pixels(flat.numel(), seed), stable=True)
+    order = by_hash[torch.argsort(classes[by_hash], stable=True)]  # by class, then by hash
+    counts = (classes[:, None] == torch.arange(num_classes, device=flat.device)).sum(0)
+    starts = counts.cumsum(0) - counts
+    slots = torch.arange(per_class, device=flat.device)
+    positions = (starts[:, None] + slots).clamp(max=max(flat.numel() - 1, 0))  # [K, m]
+    if flat.numel() == 0:
+        return torch.full_like(positions, -1)
+    return torch.where(slots < counts[:, None], order[positions], -1)
+
+
+def hash_pixels(pixels: int, seed: Tensor) -> Tensor:
+    """(pixels,) int64, non-negative; the hash of :func:`in2nect.reference.hash_pixels`."""
+    indices = torch.arange(1, pixels + 1, device=seed.device)
+    stream = _mix(seed[0] + _GOLDEN * (seed[1] + 1))
+    return _shift(_mix(stream + _GOLDEN * indices), 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift (torch's is arithmetic)."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)

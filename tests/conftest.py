@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from in2nect.ops import backend
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def cpu_backend(request: pytest.FixtureRequest):
+    """Run the test once on each backend of the CPU."""
+    reason = backend.why_not(request.param)
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with backend.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def real_data() -> str:
+    """Folder of the real data sets; the test skips where IN2NECT_DATA does not name one."""
+    root = os.environ.get("IN2NECT_DATA", "")
+    if not os.path.isdir(root):
+        pytest.skip("IN2NECT_DATA does not name a folder with the real data sets")
+    return root

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from in2nect import ops, reference
+from in2nect.ops.sample_pixels import hash_pixels
+
+
+def seed(value=5, step=0):
+    return torch.tensor([value, step])
+
+
+@pytest.mark.parametrize("values", [(0, 0), (5, 1), (2**62 - 1, 2**40), (-3, 7)])
+def test_hash_is_the_references(values):
+    expected = reference.hash_pixels(1000, *values)
+    assert hash_pixels(1000, torch.tensor(values)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("per_class", [1, 7, 500])
+@pytest.mark.parametrize("shape", [(2, 13, 11), (300,), (0,)])
+def test_is_the_reference(shape, per_class):
+    labels = torch.randint(0, 6, shape)
+    labels[labels == 3] = 255  # class 3 is absent
+    drawn = ops.sample_pixels(labels, 6, per_class, seed())
+    assert drawn.shape == (6, per_class)
+    for row, expected in zip(drawn, reference.sample_pixels(labels, 6, per_class, seed()), strict=True):
+        assert row[: len(expected)].tolist() == expected.tolist()
+        assert (row[len(expected) :] == -1).all()
+
+
+def test_draws_the_class_without_replacement():
+    labels = torch.randint(0, 4, (40, 50))
+    drawn = ops.sample_pixels(labels, 4, 64, seed())
+    for k, row in enumerate(drawn):
+        assert (labels.flatten()[row] == k).all()
+        assert len(row.unique()) == 64
+
+
+def test_uniform():
+    """Chi-square over 40 pixels in 2,000 draws of 4: beyond its 99.99 % quantile for 39 degrees once in 10^4 seeds."""
+    labels = torch.zeros(40, dtype=torch.uint8)
+    hits = torch.zeros(40)
+    for step in range(2000):
+        hits[ops.sample_pixels(labels, 2, 4, seed(11, step))[0]] += 1
+    expected = 2000 * 4 / 40
+    chi_square = float(((hits - expected) ** 2 / expected).sum()) / (1 - 4 / 40)  # drawn without replacement
+    assert 12.0 < chi_square < 81.0
+
+
+def test_opcheck():
+    labels = torch.randint(0, 4, (2, 6, 5))
+    opcheck(torch.ops.in2nect.sample_pixels, (labels, 4, 3, seed(), 255))
+
+
+def test_errors():
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="per_class is 0"):
+        ops.sample_pixels(labels, 2, 0, seed())
+    with pytest.raises(ValueError, match=r"expected \(2,\) int64"):
+        ops.sample_pixels(labels, 2, 1, torch.tensor([1]))

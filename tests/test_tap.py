@@ -1,0 +1,122 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from in2nect import In2NeCTLoss, RepresentationTap
+
+
+class Segmenter(nn.Module):
+    """A backbone at stride 4, an auxiliary classifier and a classifier, as torchvision's networks have them."""
+
+    def __init__(self, auxiliary=True, num_classes=5):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 12, 3, stride=4, padding=1)
+        self.head = nn.Sequential(nn.Conv2d(12, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, num_classes, 1))
+        if auxiliary:
+            self.aux_classifier = nn.Conv2d(12, num_classes, 1)
+
+    def forward(self, x):
+        features = self.backbone(x)
+        return {"out": self.head(features), "aux": self.aux_classifier(features)}
+
+
+class LinearHead(nn.Module):
+    def __init__(self, flatten=False):
+        super().__init__()
+        self.body = nn.Conv2d(3, 6, 4, stride=4)
+        self.classifier = nn.Linear(6, 3)
+        self.flatten = flatten
+
+    def forward(self, x):
+        tokens = self.body(x).permute(0, 2, 3, 1)
+        return self.classifier(tokens.flatten(1, 2) if self.flatten else tokens)
+
+
+def test_finds_the_classifier_and_captures_its_input():
+    model = Segmenter()
+    tap = RepresentationTap(model, num_classes=5)
+    assert (tap.layer, tap.dim) == ("head.2", 8)
+    x = torch.randn(2, 3, 32, 24)
+    model(x)
+    expected = model.head[1](model.head[0](model.backbone(x)))
+    torch.testing.assert_close(tap.features, expected)
+    assert tap.stride == 4
+    assert RepresentationTap(model).layer == "head.2"  # the auxiliary classifier is registered last and does not win
+
+
+def test_three_lines_train_a_model():
+    model = Segmenter()
+    x, y = torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))
+    tap = RepresentationTap(model)
+    criterion = In2NeCTLoss(5, tap.dim)
+    logits = nn.functional.interpolate(model(x)["out"], size=y.shape[1:], mode="bilinear")
+    loss = nn.functional.cross_entropy(logits, y) + criterion(tap.features, y).total
+    loss.backward()
+    assert model.backbone.weight.grad.abs().sum() > 0
+
+
+def test_linear_classifier():
+    model = LinearHead()
+    tap = RepresentationTap(model)
+    x = torch.randn(2, 3, 16, 8)
+    model(x)
+    torch.testing.assert_close(tap.features, model.body(x))
+    flat = LinearHead(flatten=True)
+    RepresentationTap(flat)
+    with pytest.raises(ValueError, match=r"shape \(2, 8, 6\).*before the tokens are flattened"):
+        flat(x)
+
+
+def test_nothing_at_inference():
+    model = Segmenter()
+    tap = RepresentationTap(model)
+    x = torch.randn(1, 3, 16, 16)
+    model(x)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(RuntimeError, match=r"'head.2' holds no features: call model\(x\) first"):
+        _ = tap.features
+    tap.remove()
+    model(x)
+    with pytest.raises(RuntimeError):
+        _ = tap.features
+    assert not model._forward_pre_hooks
+    assert not model.head[2]._forward_pre_hooks
+
+
+def test_named_layers_and_errors():
+    model = Segmenter()
+    assert RepresentationTap(model, "aux_classifier").dim == 12
+    assert RepresentationTap(model, model.head[2]).layer == "head.2"
+    with pytest.raises(ValueError, match=r"no layer 'classifier'; candidates[\s\S]*head.2: Conv2d, 5 outputs"):
+        RepresentationTap(model, "classifier")
+    with pytest.raises(ValueError, match=r"'head.1' is a ReLU"):
+        RepresentationTap(model, "head.1")
+    with pytest.raises(ValueError, match="not a module of this Segmenter"):
+        RepresentationTap(model, nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match="0 layers may be the classifier"):
+        RepresentationTap(model, num_classes=6)
+    two = nn.ModuleDict({"a": nn.Conv2d(4, 5, 1), "b": nn.Conv2d(4, 5, 1)})
+    with pytest.raises(ValueError, match=r"2 layers may be the classifier[\s\S]*a: Conv2d, 5 outputs\n  b: Conv2d"):
+        RepresentationTap(two)
+
+
+def test_a_declared_representation_wins():
+    class Declaration(NamedTuple):
+        module: str
+        width: int
+
+    model = Segmenter()
+    model.representation = Declaration("head.1", 8)
+    tap = RepresentationTap(model)
+    assert (tap.layer, tap.dim) == ("head.1", 8)
+
+
+def test_compiled_model():
+    model = Segmenter()
+    tap = RepresentationTap(model)
+    x = torch.randn(2, 3, 16, 16)
+    torch.compile(model, backend="eager")(x)
+    torch.testing.assert_close(tap.features, model.head[1](model.head[0](model.backbone(x))))
