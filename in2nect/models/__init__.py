@@ -1,0 +1,20 @@
+"""Host networks: what In2NeCT's losses are trained on, made by name. Importing this package imports timm."""
+
+from in2nect.models import unetformer  # noqa: F401  (registers its network)
+from in2nect.models.registry import (
+    Representation,
+    SegmentationModel,
+    TrainingOutput,
+    create_model,
+    list_models,
+    register_model,
+)
+
+__all__ = [
+    "Representation",
+    "SegmentationModel",
+    "TrainingOutput",
+    "create_model",
+    "list_models",
+    "register_model",
+]
