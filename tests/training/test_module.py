@@ -1,0 +1,146 @@
+"""SegmentationModule: its losses, schedule and checkpoints, on a network of half a million parameters."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from in2nect.data.classes import Classes
+from in2nect.training.module import SegmentationModule, cosine
+from in2nect.training.settings import LossSettings, OptimizerSettings, TuningSettings
+
+CLASSES = Classes(("field", "road", "water"), ((0, 128, 0), (128, 128, 128), (0, 0, 255)))
+
+
+def build(**options: Any) -> SegmentationModule:
+    torch.manual_seed(0)
+    module = SegmentationModule(encoder="test_efficientnet", **options)
+    module.build(CLASSES)
+    return module
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    label = torch.randint(0, 3, (2, 64, 64), generator=generator, dtype=torch.uint8)
+    return {"image": image, "label": label}
+
+
+def losses(module: SegmentationModule, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    output = module.model.forward_training(module.normalise(batch["image"]))
+    return module._losses(output, batch["label"])
+
+
+def test_total_is_the_weighted_sum_of_the_terms(batch: dict[str, torch.Tensor]) -> None:
+    module = build(tuning=TuningSettings(weight=0.3), loss=LossSettings(auxiliary_weight=0.7))
+    total, terms = losses(module, batch)
+    assert module.criterion is not None
+    intra = terms["intra"] + module.criterion.intra_floor
+    expected = terms["seg"] + 0.7 * terms["aux"] + 0.3 * (terms["inter"] + intra)
+    torch.testing.assert_close(total, expected)
+    assert terms["intra"] > 0  # above its floor, which only a perfect collapse reaches
+
+
+def test_plain_arm_has_the_same_network_and_no_tuning(batch: dict[str, torch.Tensor]) -> None:
+    tuned, plain = build(), build(tuning=TuningSettings(enabled=False))
+    state = plain.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in tuned.model.state_dict().items())
+    total, terms = losses(plain, batch)
+    assert set(terms) == {"seg", "aux"} and plain.criterion is None
+    torch.testing.assert_close(total, terms["seg"] + 0.4 * terms["aux"])
+
+
+def test_a_batch_without_labels_is_finite(batch: dict[str, torch.Tensor]) -> None:
+    module = build(loss=LossSettings(dice_weight=1.0))
+    total, terms = losses(module, {**batch, "label": torch.full_like(batch["label"], 255)})
+    total.backward()
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert all(value.grad is None or torch.isfinite(value.grad).all() for value in module.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_term(batch: dict[str, torch.Tensor]) -> None:
+    module = build()
+    total, terms = losses(module, batch)
+    module._check_finite(total, terms)
+    terms["inter"] = torch.tensor(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 0 .*inter is nan.*lr"):
+        module._check_finite(total * float("nan"), terms)
+
+
+def test_images_are_normalised_as_the_encoder_expects_and_laid_out_channels_last() -> None:
+    module = build()
+    images = torch.full((1, 3, 32, 40), 51, dtype=torch.uint8)
+    found = module.normalise(images)
+    mean, std = (torch.tensor(values) for values in (module.model.input_mean, module.model.input_std))
+    torch.testing.assert_close(found[0, :, 5, 7], (0.2 - mean) / std)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert build(channels_last=False).normalise(images).is_contiguous()
+    with pytest.raises(ValueError, match="4 bands and the network takes 3"):
+        module.normalise(torch.zeros(1, 4, 32, 32, dtype=torch.uint8))
+
+
+def test_forward_gives_logits_at_the_size_of_the_image() -> None:
+    module = build().eval()
+    with torch.inference_mode():
+        assert module(torch.zeros(1, 3, 75, 50, dtype=torch.uint8)).shape == (1, 3, 75, 50)
+
+
+def test_projection_belongs_to_the_optimiser_and_the_checkpoint(batch: dict[str, torch.Tensor]) -> None:
+    module = build(tuning=TuningSettings(projection=16))
+    total, _ = losses(module, batch)
+    total.backward()
+    optimised = {id(parameter) for group in module._parameter_groups() for parameter in group["params"]}
+    projection = [(name, value) for name, value in module.named_parameters() if name.startswith("criterion.projection")]
+    assert projection and all(id(value) in optimised and value.grad is not None for _, value in projection)
+    assert {name for name, _ in projection} <= set(module.state_dict())
+
+
+def test_encoder_has_its_own_learning_rate() -> None:
+    module = build(optimizer=OptimizerSettings(lr=0.1, encoder_lr_factor=0.5))
+    others, encoder = module._parameter_groups()
+    assert encoder["lr"] == 0.05
+    assert len(others["params"]) + len(encoder["params"]) == len(list(module.parameters()))
+    assert len(encoder["params"]) == len(list(module.model.backbone.parameters()))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_optimiser_is_the_one_named_and_follows_the_cosine(name: Any, kind: type) -> None:
+    module = build(optimizer=OptimizerSettings(name=name, lr=0.1, weight_decay=0.02))
+    module._trainer = SimpleNamespace(estimated_stepping_batches=4)  # type: ignore[assignment]
+    made = module.configure_optimizers()
+    assert type(made["optimizer"]) is kind and made["optimizer"].defaults["weight_decay"] == 0.02
+    assert made["lr_scheduler"]["interval"] == "step"
+    module._trainer.estimated_stepping_batches = math.inf
+    with pytest.raises(ValueError, match="max_epochs"):
+        module.configure_optimizers()
+
+
+def test_cosine_falls_from_one_to_zero_after_its_warmup() -> None:
+    factor = cosine(10, warmup_steps=2)
+    assert [factor(step) for step in (0, 1, 2, 6, 10)] == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0])
+    with pytest.raises(ValueError, match="warmup_steps is 10"):
+        cosine(10, warmup_steps=10)
+
+
+def test_another_number_of_classes_than_the_checkpoints_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"data has 3 classes .* checkpoint was trained on 2"):
+        build().build(Classes(("a", "b"), ((0, 0, 0), (1, 1, 1))))
+
+
+def test_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
+    module = build(tuning=TuningSettings(projection=8), optimizer=OptimizerSettings(lr=0.1)).eval()
+    stored: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    stored["pytorch-lightning_version"] = "2.6.0"
+    module.on_save_checkpoint(stored)
+    path = tmp_path / "module.ckpt"
+    torch.save(stored, path)
+    assert torch.load(path, weights_only=True)["classes"]["names"] == list(CLASSES.names)
+    again = SegmentationModule.load_from_checkpoint(path, weights_only=True).eval()
+    assert again.classes == CLASSES and again.tuning == module.tuning and again.optimizer == module.optimizer
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(module(images), again(images))
