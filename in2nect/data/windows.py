@@ -1,0 +1,126 @@
+"""Rasters read by the window: a per-process cache of open files, and the evaluation grid in which every pixel has one
+owner.
+
+A read touches the blocks under its window and nothing else; the grid costs O(number of windows).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.enums import Resampling
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+
+
+@dataclass(frozen=True)
+class Span:
+    """A window along one axis, [start, start + size), and the part it scores, [own_start, own_stop), in pixels."""
+
+    start: int
+    size: int
+    own_start: int
+    own_stop: int
+
+
+@dataclass(frozen=True)
+class GridWindow:
+    """One window of the evaluation grid: its rows and its columns."""
+
+    rows: Span
+    cols: Span
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.rows.size, self.cols.size
+
+
+def axis_spans(length: int, window: int, overlap: int) -> list[Span]:
+    """Cover [0, length) with windows of one size that overlap by at least `overlap`; the last is shifted back.
+
+    Neighbours meet in the middle of what they share, so the owned parts partition the axis. An axis shorter than
+    `window` has one span, as long as the axis.
+
+    Raises:
+        ValueError: `window` is not positive, or `overlap` is not in 0..window-1.
+    """
+    if window < 1 or not 0 <= overlap < window:
+        raise ValueError(
+            f"window {window} with overlap {overlap}; expected a window >= 1 and an overlap in 0..window-1"
+        )
+    if length <= window:
+        return [Span(0, length, 0, length)]
+    starts = [*range(0, length - window, window - overlap), length - window]
+    meets = [(start + window + following) // 2 for start, following in pairwise(starts)]
+    own = [0, *meets, length]
+    return [Span(start, window, own[i], own[i + 1]) for i, start in enumerate(starts)]
+
+
+def grid_windows(height: int, width: int, window: int, overlap: int) -> list[GridWindow]:
+    """The evaluation grid of an image of (height, width) pixels, in reading order; see `axis_spans`."""
+    columns = axis_spans(width, window, overlap)
+    return [GridWindow(rows, cols) for rows in axis_spans(height, window, overlap) for cols in columns]
+
+
+def open_raster(path: str | os.PathLike[str]) -> DatasetReader:
+    """Open a raster at full resolution (no overview stands in for it), quietly where it has no georeference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path, OVERVIEW_LEVEL="NONE")
+
+
+class RasterCache:
+    """Open rasters, at most `limit`, least recently used closed first.
+
+    Handles belong to the process that opened them: a copy that was pickled or forked starts empty.
+    """
+
+    def __init__(self, limit: int = 128) -> None:
+        self.limit = limit
+        self._process = os.getpid()
+        self._open: OrderedDict[Path, DatasetReader] = OrderedDict()
+
+    def read(
+        self, path: Path, window: tuple[int, int, int, int], shape: tuple[int, int] | None = None, *, nearest: bool
+    ) -> NDArray[np.uint8]:
+        """Read a window (row, col, height, width) in pixels, every band, resampled to `shape` (height, width) if that
+        differs.
+
+        Args:
+            nearest: nearest neighbour (labels) or, where it is false, bilinear with antialiasing (images).
+
+        Returns:
+            (bands, height, width) uint8.
+        """
+        row, col, height, width = window
+        source = self._get(path)
+        return source.read(
+            window=Window(col, row, width, height),
+            out_shape=(source.count, *(shape or (height, width))),
+            resampling=Resampling.nearest if nearest else Resampling.bilinear,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit, "_process": -1, "_open": OrderedDict()}
+
+    def _get(self, path: Path) -> DatasetReader:
+        if self._process != os.getpid():
+            self._open, self._process = OrderedDict(), os.getpid()
+        if path in self._open:
+            self._open.move_to_end(path)
+        else:
+            self._open[path] = open_raster(path)
+            if len(self._open) > self.limit:
+                self._open.popitem(last=False)[1].close()
+        return self._open[path]

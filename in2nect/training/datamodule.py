@@ -1,0 +1,180 @@
+"""A folder data set as a LightningDataModule: random crops to train on, grids to evaluate, whole rasters to predict.
+
+Batches are a function of (seed, epoch) alone: neither the number of workers nor a resume changes them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from in2nect.data.classes import Classes
+from in2nect.data.crops import Augmentations, CropDataset, CropSampler, collate
+from in2nect.data.folder import IMAGE_SUFFIXES, split_images, split_pairs
+from in2nect.data.grid import GridDataset, ShapeBatchSampler
+
+
+class FolderDataModule(lightning.LightningDataModule):
+    """Images and labels in a folder.
+
+    It holds images/, labels/ and split.csv (columns image and split; the splits are train, val and test).
+
+    Training and evaluation batches are dict(image=uint8 (B, C, H, W), label=uint8 (B, H, W), name=list of B,
+    window=(B, 4) as row, col, height, width); a prediction item is dict(path=str).
+
+    Args:
+        root: the folder.
+        classes: YAML with the class names, colours and ignored code; root/classes.yaml where it is not given.
+        batch_size: crops or windows a batch, on each device.
+        crop_size: side of a training crop, in pixels.
+        samples_per_epoch: training crops an epoch, over all devices; where it is not given, as many as cover the
+            training images once.
+        eval_window: side of an evaluation window, in pixels; a smaller image is read as it is.
+        eval_overlap: least number of pixels that neighbouring evaluation windows share.
+        num_workers: processes that read ahead.
+        seed: of the training crops, 0 or more.
+        augmentations: how training crops may be changed.
+        predict_images: a raster, a folder of rasters, or a list of them; where it is not given, the images of the
+            test split.
+    """
+
+    classes: Classes
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        classes: str | os.PathLike[str] | None = None,
+        batch_size: int = 8,
+        crop_size: int = 512,
+        samples_per_epoch: int | None = None,
+        eval_window: int = 512,
+        eval_overlap: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        augmentations: Augmentations = Augmentations(),  # noqa: B008 - frozen
+        predict_images: list[str] | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self.classes = Classes.from_yaml(self._classes_file(classes))
+        self.batch_size, self.crop_size, self.samples_per_epoch = batch_size, crop_size, samples_per_epoch
+        self.eval_window, self.eval_overlap = eval_window, eval_overlap
+        self.num_workers, self.seed, self.augmentations = num_workers, seed, augmentations
+        self.predict_images = predict_images
+
+    def setup(self, stage: str) -> None:
+        """Read the headers of the splits that a stage (fit, validate, test, predict) needs.
+
+        Raises:
+            FileNotFoundError, ValueError: as `folder.split_pairs`; no raster to predict.
+        """
+        if stage == "fit":
+            self.train = self._crops()
+        if stage in ("fit", "validate"):
+            self.val = self._grid("val")
+        if stage == "test":
+            self.test = self._grid("test")
+        if stage == "predict":
+            self.predict = RasterPaths(self._rasters_to_predict())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of random crops; the last, incomplete one is left out."""
+        sampler = CropSampler(len(self.train), **self._process())
+        return self._loader(self.train, sampler=sampler, batch_size=self.batch_size, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Windows of the split val, each pixel scored once."""
+        return self._grid_loader(self.val)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Windows of the split test, each pixel scored once."""
+        return self._grid_loader(self.test)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """dict(path=str), one raster an item."""
+        return DataLoader(self.predict, batch_size=None)
+
+    def _classes_file(self, classes: str | os.PathLike[str] | None) -> Path:
+        path = Path(classes) if classes is not None else self.root / "classes.yaml"
+        if classes is None and not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: missing, and no other class file given; set `classes` to a YAML of classes"
+            )
+        return path
+
+    def _crops(self) -> CropDataset:
+        pairs = split_pairs(self.root, "train")
+        pixels = sum(pair.height * pair.width for pair in pairs)
+        length = self.samples_per_epoch
+        if length is None:
+            length = max(self.batch_size, round(pixels / self.crop_size**2))
+        smallest = self.batch_size * self._process()["world_size"]
+        if length < smallest:
+            raise ValueError(f"samples_per_epoch: {length}; expected at least one batch on every device, {smallest}")
+        return CropDataset(
+            pairs,
+            self.classes,
+            crop_size=self.crop_size,
+            length=length,
+            seed=self.seed,
+            augmentations=self.augmentations,
+        )
+
+    def _grid(self, split: str) -> GridDataset:
+        pairs = split_pairs(self.root, split)
+        return GridDataset(pairs, self.classes, window=self.eval_window, overlap=self.eval_overlap)
+
+    def _grid_loader(self, dataset: GridDataset) -> DataLoader[Any]:
+        sampler = ShapeBatchSampler(dataset.windows, self.batch_size, **self._process())
+        return self._loader(dataset, sampler=sampler, batch_size=None)
+
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _process(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def _rasters_to_predict(self) -> list[Path]:
+        given = self.predict_images
+        if given is None:
+            return split_images(self.root, "test")
+        paths = [Path(path) for path in given] if isinstance(given, list) else [Path(given)]
+        if len(paths) == 1 and paths[0].is_dir():
+            folder = paths[0]
+            paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not paths:
+                raise ValueError(f"predict_images: {folder} holds no raster ({', '.join(IMAGE_SUFFIXES)})")
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing or not paths:
+            raise FileNotFoundError(
+                f"predict_images: {', '.join(missing) or 'an empty list'}: no such file; "
+                "give a raster, a folder of rasters or a list of rasters"
+            )
+        return paths
+
+
+class RasterPaths(Dataset[dict[str, str]]):
+    """Rasters to predict, dict(path=str) an item."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> dict[str, str]:
+        return {"path": str(self.paths[number])}
