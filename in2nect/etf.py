@@ -38,7 +38,7 @@ def simplex_etf(
     frame = random_orthonormal(dim, num_classes - 1, seed)  # (d, K - 1)
     scale = (num_classes / (num_classes - 1)) ** 0.5
     vertices = scale * helmert_basis(num_classes) @ frame.T  # (K, d)
-    return vertices.to(dtype=dtype, device=device)
+    return vertices.to(dtype=dtype, device=device if device is not None else torch.get_default_device())
 
 
 class EtfClassifier(nn.Module):
@@ -77,7 +77,7 @@ def check_etf_shape(num_classes: int, dim: int, *, minimum_dim: int) -> None:
 
 def helmert_basis(num_classes: int) -> Tensor:
     """(K, K - 1) float64, orthonormal columns that are all orthogonal to the ones vector (Helmert's contrasts)."""
-    basis = torch.zeros(num_classes, num_classes - 1, dtype=torch.float64)
+    basis = torch.zeros(num_classes, num_classes - 1, dtype=torch.float64, device="cpu")
     for j in range(1, num_classes):
         basis[:j, j - 1] = 1.0
         basis[j, j - 1] = -float(j)
@@ -87,7 +87,7 @@ def helmert_basis(num_classes: int) -> Tensor:
 
 def random_orthonormal(rows: int, columns: int, seed: int) -> Tensor:
     """(rows, columns) float64 with orthonormal columns, uniform over such matrices and a function of the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    gaussian = torch.randn(rows, columns, dtype=torch.float64, generator=generator, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal().sign()  # QR is unique, and q uniform, once r's diagonal is positive

@@ -1,6 +1,8 @@
 """The losses as functions: class means, inter-class loss (Eqs. 5, 10) and intra-class loss (Eq. 6), over the operators.
 
-``exact`` costs O(N^2 d) time, ``sampled`` O(N d + (K m)^2 d), ``moments`` O(N d (K + d)); none keeps an N x N matrix.
+Time: ``exact`` O(N^2 d), ``sampled`` O(N d + (K m)^2 d), ``moments`` O(N d (K + d)), or O(N K d^2) with a covariance a
+class. None keeps an N x N matrix, but ``exact`` and ``moments`` hold the rows of every pixel in float32, at label
+resolution too, until ``moments`` is an operator of its own.
 Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
 ``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
 use :func:`in2nect.reference.intra_class_loss`.
@@ -16,10 +18,6 @@ from torch import Tensor
 from in2nect import ops, reference
 from in2nect.labels import Resolution, as_grid, check_inputs, to_feature_grid, valid_mask
 from in2nect.reference import Covariance, Denominator, Estimator
-
-# Below these temperatures the second-order expansion is off by more than a few percent (docs/mathematics.md,
-# "Estimators").
-MINIMUM_TEMPERATURE = {"pooled": 0.5, "class": 0.2}
 
 
 def class_means(
@@ -126,12 +124,11 @@ def intra_class_loss(
         ValueError: shapes, K < 2, labels (see :func:`class_means`), an unknown name, or a temperature out of the range.
         TypeError: dtypes.
     """
-    check_settings(estimator, covariance, temperature, normalize)
+    reference.check_settings(estimator, covariance, temperature, normalize)
     check_inputs(features, labels, num_classes, resolution)
     with _full_precision(features):
-        if estimator != "sampled":
-            # These two differentiate the features along two ways: the sum is to be rounded to their dtype once.
-            features = features.to(ops.accumulation_dtype(features.dtype))
+        # The features are differentiated along several ways, whose sum is to be rounded to their dtype once.
+        features = features.to(ops.accumulation_dtype(features.dtype))
         sums, counts, squares = ops.class_sums(
             features,
             labels,
@@ -160,11 +157,14 @@ def intra_class_loss(
             )
         else:
             rows, flat = reference.all_rows(features, labels, resolution=resolution)
-            rows = reference.unit_rows(rows) if normalize else rows
             valid = valid_mask(flat, num_classes, ignore_index)
+            rows = torch.where(valid[:, None], rows, 0.0)  # weight 0 alone would let a NaN of an ignored pixel through
+            rows = reference.unit_rows(rows) if normalize else rows
             classes = torch.where(valid, flat, 0).long()
             weights = torch.where(valid, 1.0 / n.clamp(min=1.0)[classes], 0.0)
             anchor_weights = torch.where(paired[classes], weights, 0.0)
+            if estimator == "moments" and features.is_cuda and not torch.compiler.is_compiling():
+                ops.warn_slow("moments")
             if estimator == "exact":
                 log_d = _weighted(anchor_weights, ops.pair_logsumexp(rows, weights, temperature))
             else:
@@ -176,29 +176,6 @@ def intra_class_floor(num_classes: int, temperature: float = 1.0) -> float:
     """The intra-class loss of unit rows that sit on a perfect simplex ETF of K classes: what a plot should subtract."""
     own, other = 1.0 / temperature, -1.0 / ((num_classes - 1) * temperature)
     return num_classes * (math.log(math.exp(own) + (num_classes - 1) * math.exp(other)) - own)
-
-
-def check_settings(estimator: str, covariance: str, temperature: float, normalize: bool) -> None:
-    """Raise ValueError on settings of the intra-class loss that do not exist or do not hold together."""
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; expected a positive number.")
-    if estimator not in ("moments", "exact", "sampled"):
-        raise ValueError(f'estimator is {estimator!r}; expected "moments", "exact" or "sampled".')
-    if covariance not in MINIMUM_TEMPERATURE:
-        raise ValueError(f'covariance is {covariance!r}; expected "pooled" or "class".')
-    if estimator != "moments":
-        return
-    if not normalize:
-        raise ValueError(
-            'estimator="moments" with normalize=False: raw similarities are unbounded, and the expansion fails. '
-            'Use estimator="exact" or "sampled", or normalize=True.'
-        )
-    if temperature < MINIMUM_TEMPERATURE[covariance]:
-        raise ValueError(
-            f'temperature is {temperature}; estimator="moments" holds for temperature >= '
-            f'{MINIMUM_TEMPERATURE["pooled"]} (covariance="pooled") or >= {MINIMUM_TEMPERATURE["class"]} ("class"). '
-            'Below that use estimator="exact" or "sampled".'
-        )
 
 
 def _weighted(weights: Tensor, log_d: Tensor) -> Tensor:

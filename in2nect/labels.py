@@ -99,10 +99,10 @@ def to_feature_grid(labels: Tensor, height: int, width: int) -> Tensor:
 
 
 def as_grid(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, d) rows and (N,) labels seen as a (1, d, N, 1) grid, without a copy; a grid is returned as it is."""
+    """(N, d) rows and (N,) labels seen as a (1, d, 1, N) grid, without a copy; a grid is returned as it is."""
     if features.dim() == 4:
         return features, labels
-    return features.T[None, :, :, None], labels[None, :, None]
+    return features.T[None, :, None], labels[None, None]
 
 
 def widen(labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from in2nect import functional
 from in2nect.etf import EtfClassifier
 from in2nect.labels import Resolution, check_inputs
-from in2nect.reference import Covariance, Denominator, Estimator
+from in2nect.reference import Covariance, Denominator, Estimator, check_settings
 
 
 class In2NeCTTerms(NamedTuple):
@@ -55,12 +55,7 @@ class InterClassLoss(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of features (B, d, h, w) or (N, d) under labels (B, H, W) or (N,)."""
         check_inputs(features, labels, self.num_classes, self.resolution)
-        dim = self.classifier.weight.shape[1]
-        if features.shape[1] != dim:
-            raise ValueError(
-                f"features have {features.shape[1]} channels (shape {tuple(features.shape)}) and the loss was "
-                f"built for dim={dim}; build it with dim={features.shape[1]}, or tap the layer of that width."
-            )
+        _check_width(features, self.classifier.weight.shape[1])
         means, counts = functional.class_means(
             features, labels, self.num_classes, ignore_index=self.ignore_index, resolution=self.resolution
         )
@@ -83,7 +78,7 @@ class IntraClassLoss(nn.Module):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        functional.check_settings(estimator, covariance, temperature, normalize)
+        check_settings(estimator, covariance, temperature, normalize)
         self.num_classes = num_classes
         self.estimator: Estimator = estimator
         self.covariance: Covariance = covariance
@@ -161,6 +156,7 @@ class In2NeCTLoss(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.weight = weight
         self.projection: nn.Module | None = None
         if projection is not None:
@@ -187,6 +183,8 @@ class In2NeCTLoss(nn.Module):
     def forward(self, features: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> In2NeCTTerms:
         """Terms of features (B, d, h, w) or (N, d) under labels (B, H, W) or (N,)."""
         if self.projection is not None:
+            check_inputs(features, labels, self.inter.num_classes, self.inter.resolution)
+            _check_width(features, self.dim)
             features = self._project(features)
         inter = self.inter(features, labels)
         intra = self.intra(features, labels, generator=generator)
@@ -199,6 +197,15 @@ class In2NeCTLoss(nn.Module):
 
     def _project(self, features: Tensor) -> Tensor:
         assert self.projection is not None
+        features = features.to(next(self.projection.parameters()).dtype)  # autocast, where it is on, casts again
         if features.dim() == 4:
             return self.projection(features)
         return self.projection(features[:, :, None, None]).flatten(1)
+
+
+def _check_width(features: Tensor, dim: int) -> None:
+    if features.shape[1] != dim:
+        raise ValueError(
+            f"features have {features.shape[1]} channels (shape {tuple(features.shape)}) and the loss was "
+            f"built for dim={dim}; build it with dim={features.shape[1]}, or tap the layer of that width."
+        )

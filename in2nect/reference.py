@@ -22,6 +22,9 @@ Estimator = Literal["moments", "exact", "sampled"]
 Covariance = Literal["pooled", "class"]
 Denominator = Literal["vertices", "means"]
 
+# Below these temperatures the second-order expansion is off by more than a few percent (docs/mathematics.md,
+# "Estimators").
+MINIMUM_TEMPERATURE = {"pooled": 0.5, "class": 0.2}
 ZERO_ROW_NORM = 1e-12  # a row no longer than this counts as zero: its direction is undefined and its gradient zero
 
 
@@ -39,9 +42,9 @@ def simplex_etf(
         return _etf.simplex_etf(num_classes, dim, seed=seed, dtype=dtype, device=device)
     _etf.check_etf_shape(num_classes, dim, minimum_dim=num_classes)
     u = _etf.random_orthonormal(dim, num_classes, seed)  # (d, K)
-    centring = torch.eye(num_classes, dtype=torch.float64) - 1.0 / num_classes
+    centring = torch.eye(num_classes, dtype=torch.float64, device="cpu") - 1.0 / num_classes
     vertices = (num_classes / (num_classes - 1)) ** 0.5 * (u @ centring)  # (d, K)
-    return vertices.T.to(dtype=dtype, device=device)
+    return vertices.T.to(dtype=dtype, device=device if device is not None else torch.get_default_device())
 
 
 def class_means(
@@ -66,6 +69,8 @@ def inter_class_loss(means: Tensor, counts: Tensor, etf: Tensor, *, denominator:
     "vertices" (Eq. 10): ``-sum_k log( exp(zbar_k.w_k) / sum_k' exp(zbar_k.w_k') )``, k' over all vertices.
     "means" (Eq. 5 as printed): the denominator is ``sum_k' exp(zbar_k'.w_k')``, k' over the present classes.
     """
+    if denominator not in ("vertices", "means"):
+        raise ValueError(f'denominator is {denominator!r}; expected "vertices" (Eq. 10) or "means" (Eq. 5).')
     loss = means[:0].sum()  # a zero that is connected to the graph
     present = [k for k in range(len(counts)) if counts[k] > 0]
     etf = etf.to(means.dtype)
@@ -96,6 +101,7 @@ def intra_class_loss(
     ``D_i = sum_k' mean_{j in k'} exp(s_ij)``, ``s_ij = u_i.u_j / temperature``. The positive term is exact in every
     estimator; they differ in log D.
     """
+    check_settings(estimator, covariance, temperature, normalize)
     z, y = labelled_rows(features, labels, num_classes, ignore_index=ignore_index, resolution=resolution)
     u = unit_rows(z) if normalize else z
     counts = torch.bincount(y, minlength=num_classes)
@@ -124,6 +130,29 @@ def intra_class_loss(
             off_diagonal = similarity.sum() - similarity.diagonal().sum()
             loss = loss + log_d[y[anchors] == k].mean() - off_diagonal / (n * (n - 1))
     return loss
+
+
+def check_settings(estimator: str, covariance: str, temperature: float, normalize: bool) -> None:
+    """Raise ValueError on settings of the intra-class loss that do not exist or do not hold together."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a positive number.")
+    if estimator not in ("moments", "exact", "sampled"):
+        raise ValueError(f'estimator is {estimator!r}; expected "moments", "exact" or "sampled".')
+    if covariance not in MINIMUM_TEMPERATURE:
+        raise ValueError(f'covariance is {covariance!r}; expected "pooled" or "class".')
+    if estimator != "moments":
+        return
+    if not normalize:
+        raise ValueError(
+            'estimator="moments" with normalize=False: raw similarities are unbounded, and the expansion fails. '
+            'Use estimator="exact" or "sampled", or normalize=True.'
+        )
+    if temperature < MINIMUM_TEMPERATURE[covariance]:
+        raise ValueError(
+            f'temperature is {temperature}; estimator="moments" holds for temperature >= '
+            f'{MINIMUM_TEMPERATURE["pooled"]} (covariance="pooled") or >= {MINIMUM_TEMPERATURE["class"]} ("class"). '
+            'Below that use estimator="exact" or "sampled".'
+        )
 
 
 def exact_log_d(anchors: Tensor, keys: Tensor, weights: Tensor, temperature: float) -> Tensor:

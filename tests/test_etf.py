@@ -3,6 +3,8 @@ import torch
 
 from in2nect import EtfClassifier, reference, simplex_etf
 
+SIMPLEX = simplex_etf(4, 6)
+
 
 def gram(num_classes: int) -> torch.Tensor:
     """Eq. 2: K/(K-1) I - 1/(K-1) 11^T."""
@@ -30,6 +32,12 @@ def test_seed_decides():
     state = torch.get_rng_state()
     simplex_etf(5, 8)
     assert torch.equal(state, torch.get_rng_state())  # the global generator is left alone
+
+
+def test_the_default_device_gets_it_but_does_not_draw_it():
+    with torch.device("meta"):
+        assert simplex_etf(4, 6).device.type == "meta"
+        assert torch.equal(simplex_etf(4, 6, device="cpu"), SIMPLEX)
 
 
 def test_impossible_sizes():

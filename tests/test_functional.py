@@ -32,6 +32,7 @@ INTRA = {
     "moments-pooled": {"estimator": "moments", "temperature": 0.7},
     "moments-class": {"estimator": "moments", "covariance": "class", "temperature": 0.4},
     "sampled": {"estimator": "sampled", "per_class": 3},
+    "sampled-many": {"estimator": "sampled", "per_class": 50},
     "sampled-raw": {"estimator": "sampled", "per_class": 50, "normalize": False},
 }
 
@@ -242,6 +243,24 @@ def test_sampled_is_a_function_of_the_generator():
         for seed in (1, 1, 2)
     ]
     assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("resolution", ["feature", "label"])
+@pytest.mark.parametrize("settings", INTRA)
+def test_ignored_pixels_may_hold_anything(cpu_backend, settings, resolution):
+    z, y = clustered(4, 6, singleton=3)
+    expected = z.clone().requires_grad_()
+    bad = z.clone()
+    bad[0, :, 1, 1], bad[1, 2, 3, 3] = float("nan"), float("inf")
+    y[0, 1, 1] = y[1, 3, 3] = 255
+    bad.requires_grad_()
+    options = {"resolution": resolution, **INTRA[settings]}
+    losses = [intra(functional, features, y, 4, **options) for features in (expected, bad)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, z)[0] for loss, z in zip(losses, (expected, bad), strict=True))
+    )
+    torch.testing.assert_close(functional.class_means(bad, y, 4), functional.class_means(expected, y, 4))
 
 
 def test_nan_features_show(cpu_backend):

@@ -73,6 +73,16 @@ def test_projection_is_trained_and_used():
     assert list(In2NeCTLoss(5, 8).parameters()) == []
 
 
+def test_projection_takes_low_precision_and_names_a_wrong_width():
+    features, labels = clustered(5, 8, dtype=torch.bfloat16)
+    criterion = In2NeCTLoss(5, 8, projection=16)
+    assert criterion(features, labels).total.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert criterion(features, labels).total.isfinite()
+    with pytest.raises(ValueError, match=r"features have 6 channels.*dim=8"):
+        criterion(features[:, :6], labels)
+
+
 def test_state_dict_and_copies():
     criterion = In2NeCTLoss(5, 8, seed=3)
     other = In2NeCTLoss(5, 8, seed=9)

@@ -146,6 +146,14 @@ def test_collapse_degrees():
     assert float(by_pixels) == pytest.approx(0.0, abs=1e-12)  # two classes: opposite from any point between them
 
 
+def test_unknown_settings_are_refused():
+    features, labels = clustered(4, 3)
+    with pytest.raises(ValueError, match="estimator is 'exakt'"):
+        reference.intra_class_loss(features, labels, 4, estimator="exakt")
+    with pytest.raises(ValueError, match="denominator is 'vertex'"):
+        reference.inter_class_loss(torch.zeros(4, 3), torch.ones(4), simplex_etf(4, 3), denominator="vertex")
+
+
 def test_zero_rows():
     features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 1])

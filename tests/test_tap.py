@@ -1,3 +1,7 @@
+import copy
+import pickle
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -98,7 +102,7 @@ def test_named_layers_and_errors():
         RepresentationTap(model, nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match="0 layers may be the classifier"):
         RepresentationTap(model, num_classes=6)
-    two = nn.ModuleDict({"a": nn.Conv2d(4, 5, 1), "b": nn.Conv2d(4, 5, 1)})
+    two = nn.ModuleDict({"a": nn.Conv2d(4, 5, 1), "b": nn.Conv2d(4, 5, 1)})  # and so with a boundary head of 1 output
     with pytest.raises(ValueError, match=r"2 layers may be the classifier[\s\S]*a: Conv2d, 5 outputs\n  b: Conv2d"):
         RepresentationTap(two)
 
@@ -114,9 +118,77 @@ def test_a_declared_representation_wins():
     assert (tap.layer, tap.dim) == ("head.1", 8)
 
 
+def test_a_second_head_is_never_taken_by_its_place():
+    model = Segmenter(auxiliary=False)
+    model.boundary = nn.Conv2d(12, 1, 1)
+    with pytest.raises(
+        ValueError, match=r"2 layers may be the classifier[\s\S]*head.2: Conv2d, 5[\s\S]*boundary: Conv2d, 1"
+    ):
+        RepresentationTap(model)
+    assert RepresentationTap(model, num_classes=5).layer == "head.2"
+
+
+def test_a_module_called_representation_is_no_declaration():
+    model = Segmenter()
+    model.representation = nn.Sequential(nn.Linear(8, 8))
+    assert RepresentationTap(model, num_classes=5).layer == "head.2"
+
+
+def test_declaration_inside_a_wrapper():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+    class Declaration(NamedTuple):
+        module: str
+        width: int
+
+    model = Segmenter()
+    model.representation = Declaration("head.1", 8)
+    tap = RepresentationTap(Wrapper(model))
+    assert (tap.layer, tap.dim) == ("module.head.1", 8)
+    assert RepresentationTap(torch.compile(model, backend="eager")).layer.endswith("head.1")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_not_tapped(duplicate):
+    """As an exponential moving average makes one in mid-training: its forward must not touch the tap."""
+    model = Segmenter()
+    tap = RepresentationTap(model)
+    x = torch.randn(1, 3, 16, 16)
+    model(x)
+    features = tap.features
+    twin = duplicate(model)
+    twin(2 * x)
+    assert tap.features is features
+    assert twin.state_dict().keys() == model.state_dict().keys() == Segmenter().state_dict().keys()
+
+
 def test_compiled_model():
     model = Segmenter()
     tap = RepresentationTap(model)
     x = torch.randn(2, 3, 16, 16)
     torch.compile(model, backend="eager")(x)
     torch.testing.assert_close(tap.features, model.head[1](model.head[0](model.backbone(x))))
+
+
+def test_the_lines_of_the_readme():
+    """The README's Python, run as it stands there."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    x, y = torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))
+    y[0, :4] = 255
+
+    class Plain(Segmenter):
+        def forward(self, x):
+            return nn.functional.interpolate(super().forward(x)["out"], size=x.shape[2:], mode="bilinear")
+
+    for program, model in ((first, Plain()), (first.rpartition("loss = ")[0] + second, Segmenter())):
+        names = {"model": model, "x": x, "y": y, "num_classes": 5}
+        exec(program, names)
+        names["loss"].backward()
+        assert model.backbone.weight.grad.abs().sum() > 0

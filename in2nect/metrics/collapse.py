@@ -7,6 +7,7 @@ Streaming: sums over batches in float64, O(K d + d^2) memory; no pixel is kept.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,14 +66,18 @@ class CollapseMetrics:
         self._unit_squares += unit_squares.cpu()
         self._second_moment += (rows.T @ rows).cpu()
 
-    def compute(self, classifier: Tensor | None = None) -> dict[str, float]:
-        """The measures over every batch so far; NaN where there is nothing to measure.
+    def compute(
+        self, classifier: Tensor | None = None, *, global_mean: Literal["classes", "pixels"] = "classes"
+    ) -> dict[str, float]:
+        """The measures over every batch so far; NaN where there is nothing to measure: those between classes need two.
 
         Args:
             classifier: (K, d) weights of the classifier; adds "nc3".
+            global_mean: mu_G of delta_inter: the mean of the class means (balanced) or of the pixels (as the paper
+                defines it).
 
         Returns:
-            delta_inter: ``mean_{k != k'} | cos(mu_k - mu_G, mu_k' - mu_G) + 1/(K'-1) |``, mu_G the mean of class means.
+            delta_inter: ``mean_{k != k'} | cos(mu_k - mu_G, mu_k' - mu_G) + 1/(K'-1) |``, see ``global_mean``.
             delta_intra: ``mean_i ||u_i - mean u of its class||^2`` over unit rows u.
             nc1: ``tr(Sigma_W Sigma_B^+) / K'``, Sigma_W averaged over pixels.
             nc2_equinorm: standard deviation over mean of ``||mu_k - mu_G||``.
@@ -83,26 +88,24 @@ class CollapseMetrics:
         """
         present = self._counts > 0
         classes = int(present.sum())
-        if classes < 2:
-            names = ["delta_inter", "delta_intra", "nc1", "nc2_equinorm", "nc2_equiangular"]
-            return dict.fromkeys(names, float("nan"))
         counts = self._counts[present].double()[:, None]
         means = self._sums[present] / counts
         centred = means - means.mean(0)
-        cosines = F.normalize(centred) @ F.normalize(centred).T
-        off_diagonal = cosines[~torch.eye(classes, dtype=torch.bool)]
+        off_diagonal = _cosines(centred)
+        origin = means.mean(0) if global_mean == "classes" else self._sums.sum(0) / self._counts.sum()
         norms = centred.norm(dim=1)
 
         unit_means = self._unit_sums[present] / counts
         scatter = self._unit_squares[present].sum() - (counts * unit_means.square()).sum()
         within = (self._second_moment - (counts * means).T @ means) / counts.sum()
         between = centred.T @ centred / classes
+        nan = torch.tensor(float("nan"))
         measures = {
-            "delta_inter": (off_diagonal + 1.0 / (classes - 1)).abs().mean(),
+            "delta_inter": (_cosines(means - origin) + 1.0 / max(classes - 1, 1)).abs().mean(),
             "delta_intra": scatter.clamp(min=0.0) / counts.sum(),
-            "nc1": torch.trace(within @ torch.linalg.pinv(between, hermitian=True)) / classes,
-            "nc2_equinorm": norms.std(correction=0) / norms.mean(),
-            "nc2_equiangular": off_diagonal.std(correction=0),
+            "nc1": torch.trace(within @ torch.linalg.pinv(between, hermitian=True)) / classes if classes > 1 else nan,
+            "nc2_equinorm": norms.std(correction=0) / norms.mean() if classes > 1 else nan,
+            "nc2_equiangular": off_diagonal.std(correction=0) if classes > 1 else nan,
         }
         if classifier is not None:
             weights = classifier.detach().double().cpu().flatten(1)[present]
@@ -119,7 +122,12 @@ class CollapseMetrics:
             features: (B, d, h, w) or (N, d).
             labels: (B, H, W) or (N,): which pixels count.
             predictions: the labels' shape: the network's classes.
+
+        Raises:
+            RuntimeError: no batch has been added by :meth:`update` yet.
         """
+        if not self._counts.any():
+            raise RuntimeError("There are no class means to compare with: call update on every batch first.")
         rows = self._rows(features.detach().double(), labels)
         _, flat_labels = reference.all_rows(features, labels, resolution=self.resolution)
         _, flat_predictions = reference.all_rows(features, predictions, resolution=self.resolution)
@@ -134,3 +142,9 @@ class CollapseMetrics:
             features, labels, self.num_classes, ignore_index=self.ignore_index, resolution=self.resolution
         )
         return rows
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """Cosines between different rows, (n (n - 1),)."""
+    unit = F.normalize(rows)
+    return (unit @ unit.T)[~torch.eye(len(rows), dtype=torch.bool)]

@@ -1,10 +1,18 @@
 """The operators (namespace ``in2nect::`` of torch.library): one file each, with schema, fake, autograd and backends."""
 
 from in2nect.ops._registration import accumulation_dtype
-from in2nect.ops.backend import use_backend
+from in2nect.ops.backend import use_backend, warn_slow
 from in2nect.ops.class_sums import class_sums
 from in2nect.ops.gather_rows import gather_rows
 from in2nect.ops.pair_logsumexp import pair_logsumexp
 from in2nect.ops.sample_pixels import sample_pixels
 
-__all__ = ["accumulation_dtype", "class_sums", "gather_rows", "pair_logsumexp", "sample_pixels", "use_backend"]
+__all__ = [
+    "accumulation_dtype",
+    "class_sums",
+    "gather_rows",
+    "pair_logsumexp",
+    "sample_pixels",
+    "use_backend",
+    "warn_slow",
+]

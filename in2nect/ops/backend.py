@@ -5,6 +5,7 @@ otherwise.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -74,8 +75,12 @@ def select(operator: str, device: torch.device) -> Callable:
                 f"The backend {backend!r} runs on {_DEVICE[backend]} and the tensors are on {device.type}. Move them, "
                 "or let the device choose: in2nect.use_backend(None), and unset IN2NECT_BACKEND."
             )
+        if device.type == "cuda" and (operator, backend) not in _implementations:
+            warn_slow(operator)
         return _implementations.get((operator, backend), _implementations[operator, "reference"])
     for candidate in _PREFERENCE.get(device.type, ("reference",)):
+        if candidate == "cuda" and device_why_not(device) is not None:
+            continue
         if (operator, candidate) in _implementations and why_not(candidate) is None:
             if candidate == "reference" and device.type == "cuda":
                 warn_slow(operator)
@@ -90,6 +95,20 @@ def why_not(backend: str) -> str | None:
     if backend == "triton":
         return "the Triton kernels are not part of this version; use 'cuda', 'cpp' or 'reference'"
     return native.why_not(backend)
+
+
+@functools.cache
+def device_why_not(device: torch.device) -> str | None:
+    """None where the CUDA operators run on a device; else the reason, found by running one on a single pixel."""
+    if native.why_not("cuda") is not None:
+        return native.why_not("cuda")
+    features = torch.ones(1, 1, 1, 1, device=device)
+    labels = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
+    try:
+        torch.ops.in2nect_cuda.class_sums(features, labels, 2, 255, False, False)
+    except RuntimeError as error:  # "no kernel image is available": the library was built for other chips
+        return f"the CUDA operators do not run on {device} ({error}); build them with TORCH_CUDA_ARCH_LIST for its chip"
+    return None
 
 
 def implements(operator: str, backend: str) -> bool:

@@ -2,6 +2,7 @@
 
 The numerators of Eq. 3 (raw rows) and the S_k of the exact positive term of Eq. 6 (unit rows). Linear in raw rows, so
 that operator can be differentiated any number of times; unit rows and squares once.
+Deterministic: cpp and cuda always, for any number of threads; the reference under torch.use_deterministic_algorithms.
 """
 
 from __future__ import annotations
@@ -210,18 +211,36 @@ def to_features(grad_rows: Tensor, features: Tensor, height: int, width: int) ->
     batch, dim, h, w = features.shape
     grad = grad_rows.view(batch, height, width, dim).permute(0, 3, 1, 2)
     if (height, width) != (h, w):
-        grad = torch.ops.aten.upsample_bilinear2d_backward(
-            grad.contiguous(), [height, width], [batch, dim, h, w], False, None, None
-        )
+        grad = _downsample_adjoint(grad, h, w)
     return torch.empty_like(features).copy_(grad)
 
 
 def _reference_rows(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Rows (N, d) of every pixel in the accumulation dtype and their classes as one-hot rows, zero where ignored."""
+    """Rows (N, d) of every pixel in the accumulation dtype and their classes as one-hot rows; both 0 where ignored."""
     rows, flat = reference.all_rows(features, labels, resolution="label")
     mask = valid_mask(flat, num_classes, ignore_index)
     classes = torch.arange(num_classes, device=flat.device)
-    return rows, ((flat[:, None] == classes) & mask[:, None]).to(rows.dtype)
+    return torch.where(mask[:, None], rows, 0.0), ((flat[:, None] == classes) & mask[:, None]).to(rows.dtype)
+
+
+def _downsample_adjoint(grad: Tensor, h: int, w: int) -> Tensor:
+    """Adjoint of the bilinear interpolation from (h, w) to the gradient's (B, d, H, W): (B, d, h, w).
+
+    torch's own adds with atomics on CUDA and refuses to where algorithms must be deterministic; there it is two
+    products with the interpolation matrices of the axes.
+    """
+    batch, dim, height, width = grad.shape
+    if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _axis_weights(height, h, grad).T @ grad @ _axis_weights(width, w, grad)
+    return torch.ops.aten.upsample_bilinear2d_backward(
+        grad.contiguous(), [height, width], [batch, dim, h, w], False, None, None
+    )
+
+
+def _axis_weights(pixels: int, cells: int, like: Tensor) -> Tensor:
+    """(pixels, cells): how much of each cell a pixel takes, along one axis."""
+    identity = torch.eye(cells, dtype=like.dtype, device=like.device)
+    return torch.nn.functional.interpolate(identity[None], size=pixels, mode="linear", align_corners=False)[0].T
 
 
 def _native(namespace: str, name: str) -> Callable[..., Any]:

@@ -102,8 +102,8 @@ def _reference_backward(
     batch, dim, h, w = features.shape
     cells, weights = _corners(indices, h, w, height, width, grad.dtype)
     flat = grad.new_zeros(batch * h * w, dim)
-    for corner in range(4):
-        flat.index_add_(0, cells[corner], grad * weights[corner][:, None])
+    for corner_cells, corner_weights in zip(cells, weights, strict=True):
+        flat.index_add_(0, corner_cells, grad * corner_weights[:, None])
     return torch.empty_like(features).copy_(flat.view(batch, h, w, dim).permute(0, 3, 1, 2))
 
 
@@ -114,13 +114,18 @@ def _interpolated(features: Tensor, indices: Tensor, height: int, width: int) ->
         return features.new_zeros((len(indices), dim), dtype=dtype)
     cells, weights = _corners(indices, h, w, height, width, dtype)
     image, row, column = cells // (h * w), cells // w % h, cells % w
-    corners = features[image, :, row, column].to(dtype)  # [4, M, d]
+    corners = features[image, :, row, column].to(dtype)  # [corners, M, d]
     return (corners * weights[:, :, None]).sum(0)
 
 
 def _corners(indices: Tensor, h: int, w: int, height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Flat cells (4, M) of the (B, h, w) grid around each pixel, and their bilinear weights (4, M), 0 for index -1."""
+    """Flat cells (corners, M) of the (B, h, w) grid around each pixel, and their bilinear weights, 0 for index -1.
+
+    Four corners, or the cell itself where the grids are one.
+    """
     pixel = indices.clamp(min=0)
+    if (height, width) == (h, w):
+        return pixel[None], (indices >= 0)[None].to(dtype)
     image, y, x = pixel // (height * width), pixel // width % height, pixel % width
     top, bottom, y_weight = _neighbours(y, h, height, dtype)
     left, right, x_weight = _neighbours(x, w, width, dtype)
@@ -133,6 +138,6 @@ def _corners(indices: Tensor, h: int, w: int, height: int, width: int, dtype: to
 def _neighbours(pixel: Tensor, cells: int, pixels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Lower and upper cell and the upper one's weight along one axis, as F.interpolate(align_corners=False) has
     them."""
-    position = ((pixel.to(dtype) + 0.5) * (cells / pixels) - 0.5).clamp(min=0)
+    position = ((pixel.double() + 0.5) * (cells / pixels) - 0.5).clamp(min=0)  # float32 loses pixels from 2^23 on
     lower = position.long().clamp(max=cells - 1)
-    return lower, (lower + 1).clamp(max=cells - 1), position - lower
+    return lower, (lower + 1).clamp(max=cells - 1), (position - lower).to(dtype)

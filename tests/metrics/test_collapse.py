@@ -17,6 +17,8 @@ def test_streaming_equals_the_reference_on_everything():
     inter, intra = reference.collapse_degrees(features.float().double(), labels, 5)
     assert measured["delta_inter"] == pytest.approx(float(inter), rel=1e-9)
     assert measured["delta_intra"] == pytest.approx(float(intra), rel=1e-9)
+    inter, _ = reference.collapse_degrees(features.float().double(), labels, 5, global_mean="pixels")
+    assert metrics.compute(global_mean="pixels")["delta_inter"] == pytest.approx(float(inter), rel=1e-9)
 
 
 def test_neural_collapse_measures_by_definition():
@@ -52,9 +54,14 @@ def test_perfect_collapse_is_zero():
 
 def test_nothing_to_measure_is_nan():
     metrics = CollapseMetrics(3, 4)
+    with pytest.raises(RuntimeError, match="call update"):
+        metrics.update_agreement(torch.randn(5, 4), torch.zeros(5).long(), torch.zeros(5).long())
     assert all(math.isnan(v) for v in metrics.compute().values())
     metrics.update(torch.randn(5, 4), torch.full((5,), 1))
-    assert math.isnan(metrics.compute()["delta_inter"])
+    with_one_class = metrics.compute()
+    assert math.isnan(with_one_class.pop("delta_inter"))
+    assert with_one_class.pop("delta_intra") > 0
+    assert all(math.isnan(v) for v in with_one_class.values())
     metrics.update(torch.randn(5, 4), torch.full((5,), 2))
     assert metrics.compute()["delta_inter"] >= 0
     metrics.reset()

@@ -1,10 +1,11 @@
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from in2nect import ops, use_backend
+from in2nect import In2NeCTLoss, ops, use_backend
 from in2nect.ops import backend
 from tests.samples import clustered
 
@@ -54,16 +55,33 @@ def test_wrong_device(monkeypatch):
         backend.select("class_sums", torch.device("cpu"))
 
 
+def test_a_chip_the_library_was_not_built_for(monkeypatch):
+    """It falls back, and doctor can say why, instead of failing in the first step."""
+    monkeypatch.setattr(backend.native, "why_not", lambda name: None)
+    backend.device_why_not.cache_clear()
+
+    def no_image(*arguments):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.ops, "in2nect_cuda", types.SimpleNamespace(class_sums=no_image), raising=False)
+    assert "TORCH_CUDA_ARCH_LIST" in backend.device_why_not(torch.device("cpu"))
+    backend.device_why_not.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_without_synchronisation():
+@pytest.mark.parametrize("resolution", ["feature", "label"])
+@pytest.mark.parametrize("estimator", ["moments", "exact", "sampled"])
+def test_a_loss_step_on_cuda_never_waits(estimator, resolution):
     features, labels = clustered(4, 6, labels=(10, 8), dtype=torch.float32)
-    features, labels = features.cuda().requires_grad_(), labels.cuda()
-    expected = ops.class_sums(features.cpu(), labels.cpu(), 4)
+    criterion = In2NeCTLoss(4, 6, estimator=estimator, per_class=100, resolution=resolution)
+    expected = criterion(features, labels).total
+    features, labels, criterion = features.cuda().requires_grad_(), labels.cuda(), criterion.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sums, counts, _ = ops.class_sums(features, labels, 4)
+        total = criterion(features, labels).total
+        total.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(sums.cpu(), expected[0])
-    assert torch.equal(counts.cpu(), expected[1])
+    torch.testing.assert_close(total.detach().cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert features.grad is not None

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -5,6 +7,8 @@ from torch.library import opcheck
 
 from in2nect import ops, reference
 from tests.samples import clustered
+
+module = importlib.import_module("in2nect.ops.class_sums")  # its name in the package is the function
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -41,6 +45,15 @@ def test_opcheck(cpu_backend, resolution, normalize):
     grads = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     opcheck(torch.ops.in2nect.class_sums_backward, (*grads, features.detach(), labels, *settings))
     opcheck(torch.ops.in2nect.class_sums_backward, (grads[0], None, features.detach(), labels, *settings))
+
+
+@pytest.mark.parametrize(("cells", "pixels"), [(3, 12), (5, 7), (4, 4), (6, 3), (1, 5)])
+def test_adjoint_by_matrices(cells, pixels):
+    """What stands in for torch's own adjoint in deterministic mode on CUDA."""
+    grad = torch.randn(2, 3, pixels, pixels + 2, dtype=torch.float64)
+    expected = module._downsample_adjoint(grad, cells, cells + 1)
+    rows, columns = module._axis_weights(pixels, cells, grad), module._axis_weights(pixels + 2, cells + 1, grad)
+    torch.testing.assert_close(rows.T @ grad @ columns, expected)
 
 
 def test_squares_alone_have_a_gradient(cpu_backend):

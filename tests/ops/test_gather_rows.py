@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -5,6 +7,8 @@ from torch.library import opcheck
 
 from in2nect import ops, reference
 from tests.samples import clustered
+
+module = importlib.import_module("in2nect.ops.gather_rows")  # its name in the package is the function
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
@@ -33,6 +37,16 @@ def test_gradcheck_and_opcheck(normalize):
     opcheck(torch.ops.in2nect.gather_rows, (features, indices, 6, 6, normalize))
     grad = torch.randn(6, 4, dtype=torch.float64)
     opcheck(torch.ops.in2nect.gather_rows_backward, (grad, features.detach(), indices, 6, 6, normalize))
+
+
+def test_large_grids_keep_their_pixels():
+    """Beyond 2^23 pixels along an axis a position no longer fits into float32."""
+    pixel = torch.tensor([2**23 + 1, 2**24 + 1])
+    lower, _, weight = module._neighbours(pixel, 2**25, 2**25, torch.float32)
+    assert lower.tolist() == pixel.tolist()
+    assert weight.tolist() == [0.0, 0.0]
+    rows = torch.arange(2**23 + 8, dtype=torch.float32)[None, None, None]  # as (N, 1) features are seen
+    assert ops.gather_rows(rows, pixel[:1], 1, 2**23 + 8).tolist() == [[2.0**23 + 1]]
 
 
 def test_no_index():
