@@ -18,7 +18,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
@@ -102,14 +102,23 @@ class RasterCache:
 
         Returns:
             (bands, height, width) uint8.
+
+        Raises:
+            OSError: the file cannot be read there, naming it.
         """
         row, col, height, width = window
         source = self._get(path)
-        return source.read(
-            window=Window(col, row, width, height),
-            out_shape=(source.count, *(shape or (height, width))),
-            resampling=Resampling.nearest if nearest else Resampling.bilinear,
-        )
+        try:
+            return source.read(
+                window=Window(col, row, width, height),
+                out_shape=(source.count, *(shape or (height, width))),
+                resampling=Resampling.nearest if nearest else Resampling.bilinear,
+            )
+        except RasterioIOError as error:  # rasterio names neither the file nor the place
+            raise OSError(
+                f"{path}: rows {row} to {row + height}, columns {col} to {col + width} cannot be read "
+                f"({error.__cause__ or error}); the file is damaged or cut short: fetch it anew, or take it out"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit, "_process": -1, "_open": OrderedDict()}

@@ -13,6 +13,7 @@ import rasterio
 from rasterio.enums import Resampling
 
 from in2nect.data.windows import RasterCache, axis_spans, grid_windows, open_raster
+from tests.data.conftest import WriteRaster
 
 
 @pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 123, 252, 507, 1024])
@@ -90,3 +91,10 @@ def test_handles_stay_in_their_process(tmp_path: Path, write_raster) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(rasterio.errors.RasterioIOError, match=r"none\.tif"):
         open_raster(tmp_path / "none.tif")
+
+
+def test_a_file_cut_short_is_named(tmp_path: Path, write_raster: WriteRaster) -> None:
+    path = write_raster(tmp_path / "scene.tif", np.random.default_rng(0).integers(0, 255, (3, 64, 64), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(OSError, match=r"scene.tif: rows 40 to 60, columns 0 to 20 .*cut short"):
+        RasterCache().read(path, (40, 0, 20, 20), nearest=True)
