@@ -121,17 +121,18 @@ def _train(settings: DemoSettings, data: "FolderDataModule", name: str, tuning: 
     from in2nect import __version__
     from in2nect.report.files import write_json
     from in2nect.training.callbacks import progress
-    from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
+    from in2nect.training.checkpoints import AtomicCheckpointIO, last_checkpoint
 
     folder = Path(settings.output) / name
     marker, last = folder / "arm.json", folder / "checkpoints" / "last.ckpt"
     wanted = {"in2nect": __version__, "tuning": asdict(tuning), **asdict(settings)}
+    del wanted["output"]  # a folder may be moved
     found = json.loads(marker.read_text()) if marker.is_file() else {}
     if found == {**wanted, "finished": True} and last.is_file():
         print(f"{folder}: trained already", flush=True)
         return folder
     if found != {**wanted, "finished": False}:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_arm(folder)
     write_json(marker, {**wanted, "finished": False})
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     trainer = lightning.Trainer(
@@ -144,11 +145,22 @@ def _train(settings: DemoSettings, data: "FolderDataModule", name: str, tuning: 
         enable_model_summary=False,
         logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
         plugins=[AtomicCheckpointIO()],
-        callbacks=[progress(), checkpoints(folder / "checkpoints")[0]],
+        callbacks=[progress(), last_checkpoint(folder / "checkpoints")],
     )
     trainer.fit(_module(settings, tuning), datamodule=data, ckpt_path=last if last.is_file() else None)
     write_json(marker, {**wanted, "finished": True})
     return folder
+
+
+def _remove_arm(folder: Path) -> None:
+    """Removes what the demo itself trained with other settings, and nothing else."""
+    if (folder / "arm.json").is_file():
+        shutil.rmtree(folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} is not empty and holds no arm.json, so the demo did not write it; give another --output or "
+            "move it away"
+        )
 
 
 def _module(settings: DemoSettings, tuning: TuningSettings) -> "SegmentationModule":

@@ -67,6 +67,16 @@ def split_images(root: str | os.PathLike[str], split: str) -> list[Path]:
     return chosen
 
 
+def split_names(root: str | os.PathLike[str]) -> set[str]:
+    """The splits that `split.csv` assigns images to.
+
+    Raises:
+        FileNotFoundError: no `split.csv`.
+        ValueError: a `split.csv` without the columns image and split.
+    """
+    return {name for _, _, name in _split_rows(Path(root) / "split.csv")}
+
+
 def split_pairs(root: str | os.PathLike[str], split: str) -> list[Pair]:
     """The images of a split with their labels, every header checked.
 

@@ -22,7 +22,7 @@ from in2nect.data.windows import GridWindow, RasterCache, grid_windows
 
 class GridDataset(Dataset[list[Sample]]):
     """The evaluation windows of the images of a split, by the batch: an item is the list of samples with the given
-    numbers.
+    numbers. Number ~i is window i with every label ignored: it fills up a rank that has nothing left to score.
 
     Args:
         pairs: images with labels, `folder.split_pairs`.
@@ -45,9 +45,9 @@ class GridDataset(Dataset[list[Sample]]):
         return len(self.windows)
 
     def __getitem__(self, numbers: list[int]) -> list[Sample]:
-        return [self._sample(*self.windows[number]) for number in numbers]
+        return [self._sample(*self.windows[max(number, ~number)], scores=number >= 0) for number in numbers]
 
-    def _sample(self, pair: Pair, place: GridWindow) -> Sample:
+    def _sample(self, pair: Pair, place: GridWindow, *, scores: bool) -> Sample:
         rows, cols = place.rows, place.cols
         window = (rows.start, cols.start, rows.size, cols.size)
         label = self._rasters.read(pair.label, window, nearest=True)[0]
@@ -57,7 +57,8 @@ class GridDataset(Dataset[list[Sample]]):
             slice(rows.own_start - rows.start, rows.own_stop - rows.start),
             slice(cols.own_start - cols.start, cols.own_stop - cols.start),
         )
-        scored[owned] = label[owned]
+        if scores:
+            scored[owned] = label[owned]
         return {
             "image": torch.from_numpy(self._rasters.read(pair.image, window, nearest=False)),
             "label": torch.from_numpy(scored),
@@ -70,15 +71,19 @@ class ShapeBatchSampler(DistributedSampler[Any]):
     """Yields lists of window numbers, at most `batch_size` each and all of one shape; give it as `sampler` with
     `batch_size=None`.
 
-    Under DDP the batches are dealt out to the ranks without repeating any (a DistributedSampler, which Lightning
-    leaves alone, because the usual one repeats windows to even the ranks out).
+    Under DDP the batches, then no larger than an even share, are dealt out to the ranks, and no window is scored
+    twice. Ranks must run as many batches as one another, because each forward pass of a training's validation
+    synchronises them: one that has fewer ends with window 0 under ignored labels. (A DistributedSampler, which
+    Lightning leaves alone; the usual one repeats windows to even the ranks out.)
     """
 
     def __init__(self, windows: list[tuple[Pair, GridWindow]], batch_size: int, *, rank: int = 0, world_size: int = 1):
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size}; expected at least 1")
         super().__init__(windows, num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._batches = _batches_by_shape(windows, batch_size)[rank::world_size]
+        batches = _batches_by_shape(windows, max(1, min(batch_size, len(windows) // world_size)))
+        batches += [[~0]] * (-len(batches) % world_size)
+        self._batches = batches[rank::world_size]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self._batches)

@@ -79,7 +79,7 @@ def _download(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub's clients raise many types, with no base of their own
-        raise RuntimeError(
+        raise ConnectionError(
             f"the weights of {name!r} could not be had from timm's hub ({type(error).__name__}: {error}); without "
             "network give their path (pretrained: /path/to/weights.safetensors), or take encoder tf_efficientnet_lite0 "
             "with pretrained: bundled, or pretrained: false"

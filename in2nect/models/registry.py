@@ -109,7 +109,7 @@ def create_model(
     Raises:
         ValueError: unknown name or encoder, an encoder without strides 4, 8, 16, 32, weights that do not fit.
         FileNotFoundError: a weights file that is not there.
-        RuntimeError: weights that could not be downloaded.
+        ConnectionError: weights that could not be downloaded.
         ImportError: "bundled" without the extra that brings the weights.
     """
     if name not in _BUILDERS:

@@ -12,15 +12,18 @@ from typing import Any
 
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `target`, with its suffix; renamed to `target` on success, removed on an
-    exception.
+    """Yields a temporary path beside `target`, with its suffix; brought to the disk and renamed to `target` on
+    success, removed on an exception.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
         yield partial
+        _to_disk(partial, os.O_RDWR)
         os.replace(partial, target)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _to_disk(target.parent, os.O_RDONLY)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -38,3 +41,11 @@ def write_json(target: str | Path, content: Any) -> None:
         ValueError: `content` holds NaN or an infinity, which JSON has no word for; give None instead.
     """
     write_text(target, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _to_disk(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

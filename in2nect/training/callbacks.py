@@ -34,7 +34,8 @@ def quieten() -> None:
         "LightningCLI's args parameter",  # meant for calls from a program that is itself a command
         "is deprecated, use `isinstance",  # between Lightning and torch
         "Checkpoint directory .* exists and is not empty",  # a resumed run
-        "The dirpath has changed",  # a run that was moved, or predictions that go elsewhere
+        "could not find the monitored key",  # a run without validation has no best checkpoint
+        "Total length of `list` across ranks is zero",  # nor a loader to validate with
     ):
         warnings.filterwarnings("ignore", f".*{text}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)

@@ -15,11 +15,20 @@ from in2nect.report.files import replacing
 
 
 def checkpoints(folder: Path) -> list[Callback]:
-    """Two checkpoints: last.ckpt after every epoch, to resume from, and best.ckpt by validation mIoU."""
-    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "auto_insert_metric_name": False}
-    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common)
-    best = ModelCheckpoint(filename="best", monitor="val/mean_iou", mode="max", **common)
-    return [last, best]
+    """Both checkpoints of a run. best.ckpt comes first: last.ckpt then holds what is known of the best one after the
+    same epoch, and not of the epoch before.
+    """
+    return [best_checkpoint(folder), last_checkpoint(folder)]
+
+
+def best_checkpoint(folder: Path) -> Callback:
+    """best.ckpt by validation mIoU; nothing is written where there is no validation."""
+    return _checkpoint(folder, "best", monitor="val/mean_iou", mode="max")
+
+
+def last_checkpoint(folder: Path) -> Callback:
+    """last.ckpt after every epoch, to resume from."""
+    return _checkpoint(folder, "last", save_on_train_epoch_end=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,3 +37,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with replacing(path) as partial:
             torch.save(checkpoint, partial)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Plain values and tensors alone, whatever is asked for: reading a file must not run what it holds."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def _checkpoint(folder: Path, name: str, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder, filename=name, enable_version_counter=False, auto_insert_metric_name=False, **options
+    )

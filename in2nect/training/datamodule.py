@@ -6,16 +6,18 @@ Batches are a function of (seed, epoch) alone: neither the number of workers nor
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from in2nect.data.classes import Classes
 from in2nect.data.crops import Augmentations, CropDataset, CropSampler, collate
-from in2nect.data.folder import IMAGE_SUFFIXES, split_images, split_pairs
+from in2nect.data.folder import IMAGE_SUFFIXES, split_images, split_names, split_pairs
 from in2nect.data.grid import GridDataset, ShapeBatchSampler
 
 
@@ -28,7 +30,7 @@ class FolderDataModule(lightning.LightningDataModule):
     window=(B, 4) as row, col, height, width); a prediction item is dict(path=str).
 
     Args:
-        root: the folder.
+        root: the folder; `predict` needs none where `predict_images` is given.
         classes: YAML with the class names, colours and ignored code; root/classes.yaml where it is not given.
         batch_size: crops or windows a batch, on each device.
         crop_size: side of a training crop, in pixels.
@@ -43,11 +45,9 @@ class FolderDataModule(lightning.LightningDataModule):
             test split.
     """
 
-    classes: Classes
-
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
         classes: str | os.PathLike[str] | None = None,
         batch_size: int = 8,
         crop_size: int = 512,
@@ -60,12 +60,39 @@ class FolderDataModule(lightning.LightningDataModule):
         predict_images: list[str] | str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        self.root = Path(root)
-        self.classes = Classes.from_yaml(self._classes_file(classes))
+        self._root, self._classes_file = root, classes
         self.batch_size, self.crop_size, self.samples_per_epoch = batch_size, crop_size, samples_per_epoch
         self.eval_window, self.eval_overlap = eval_window, eval_overlap
         self.num_workers, self.seed, self.augmentations = num_workers, seed, augmentations
         self.predict_images = predict_images
+        self.val: GridDataset | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder.
+
+        Raises:
+            ValueError: none was given.
+        """
+        if self._root is None:
+            raise ValueError("data.root is not given; set it to a folder of images/, labels/ and split.csv")
+        return Path(self._root)
+
+    @cached_property
+    def classes(self) -> Classes:
+        """The classes, read when they are first asked for: `predict` takes those of its checkpoint.
+
+        Raises:
+            FileNotFoundError, ValueError: no class file, or as `Classes.from_yaml`.
+        """
+        if self._classes_file is not None:
+            return Classes.from_yaml(self._classes_file)
+        path = self.root / "classes.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: missing, and no other class file given; set `classes` to a YAML of classes"
+            )
+        return Classes.from_yaml(path)
 
     def setup(self, stage: str) -> None:
         """Read the headers of the splits that a stage (fit, validate, test, predict) needs.
@@ -75,7 +102,7 @@ class FolderDataModule(lightning.LightningDataModule):
         """
         if stage == "fit":
             self.train = self._crops()
-        if stage in ("fit", "validate"):
+        if stage == "validate" or (stage == "fit" and self._validates()):
             self.val = self._grid("val")
         if stage == "test":
             self.test = self._grid("test")
@@ -87,9 +114,9 @@ class FolderDataModule(lightning.LightningDataModule):
         sampler = CropSampler(len(self.train), **self._process())
         return self._loader(self.train, sampler=sampler, batch_size=self.batch_size, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Windows of the split val, each pixel scored once."""
-        return self._grid_loader(self.val)
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Windows of the split val, each pixel scored once; nothing where a training has no such split."""
+        return [] if self.val is None else self._grid_loader(self.val)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Windows of the split test, each pixel scored once."""
@@ -99,13 +126,15 @@ class FolderDataModule(lightning.LightningDataModule):
         """dict(path=str), one raster an item."""
         return DataLoader(self.predict, batch_size=None)
 
-    def _classes_file(self, classes: str | os.PathLike[str] | None) -> Path:
-        path = Path(classes) if classes is not None else self.root / "classes.yaml"
-        if classes is None and not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: missing, and no other class file given; set `classes` to a YAML of classes"
-            )
-        return path
+    def _validates(self) -> bool:
+        """Whether there is anything to validate on; a training goes on without."""
+        if "val" in split_names(self.root):
+            return True
+        rank_zero_warn(
+            f"{self.root / 'split.csv'} has no image in split 'val': the training is not validated and there will be "
+            "no best.ckpt; use last.ckpt"
+        )
+        return False
 
     def _crops(self) -> CropDataset:
         pairs = split_pairs(self.root, "train")

@@ -2,47 +2,60 @@
 folder for all that a run writes.
 """
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from in2nect.report.files import write_text
 from in2nect.training.callbacks import ScoresTable, progress, quieten
 from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
 from in2nect.training.datamodule import FolderDataModule
 from in2nect.training.module import SegmentationModule
 from in2nect.training.settings import PredictionSettings
 
+_OUTPUT = "runs/fit"
+_DESCRIPTION = "Trains, scores and uses segmentation networks. Examples of --config: configs/ of the repository."
+
 
 def run(arguments: list[str]) -> None:
-    """Runs a subcommand with its arguments, as given on the command line."""
+    """Runs a subcommand with its arguments, as given on the command line.
+
+    Raises:
+        ValueError, OSError, ImportError: what was given does not fit together; Lightning's own exception for that
+            comes as a ValueError.
+    """
     quieten()
-    TrainingCLI(
-        SegmentationModule,
-        FolderDataModule,
-        args=with_run_config(arguments),
-        parser_class=_Parser,
-        trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 5, "enable_model_summary": False},
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "in2nect", "description": "Trains, scores and uses segmentation networks."},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,  # the module stores its settings itself, as plain values
-    )
+    try:
+        TrainingCLI(
+            SegmentationModule,
+            FolderDataModule,
+            args=with_run_config(arguments),
+            parser_class=_Parser,
+            trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 5, "enable_model_summary": False},
+            save_config_callback=RunConfig,
+            parser_kwargs={"prog": "in2nect", "description": _DESCRIPTION},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # the module stores its settings itself, as plain values
+        )
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
 
 
 def with_run_config(arguments: list[str]) -> list[str]:
-    """Puts the configuration of the run that wrote the checkpoint in front, unless `fit` is run or a configuration is
-    given.
-    """
+    """Puts the configuration of the run that wrote the checkpoint in front, unless a configuration is given."""
     command, *rest = arguments
     checkpoint = _value(rest, "--ckpt_path")
-    if command == "fit" or checkpoint is None or _value(rest, "--config") or _value(rest, "-c"):
+    if checkpoint is None or _value(rest, "--config") or _value(rest, "-c"):
         return arguments
-    if not Path(checkpoint).is_file() and checkpoint not in ("last", "best"):
-        raise FileNotFoundError(f"{checkpoint}: no such checkpoint; a run writes them to OUTPUT/checkpoints")
-    folder = Path(checkpoint).resolve().parent.parent
+    path = _checkpoint(checkpoint, _value(rest, "--output") or _OUTPUT)
+    folder = path.resolve().parent.parent
     config = folder / "config.yaml"
     return [command, "--config", str(config), "--output", str(folder), *rest] if config.is_file() else arguments
 
@@ -61,7 +74,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--output",
             type=str,
-            default="runs/fit",
+            default=_OUTPUT,
             help="Folder of the run: config.yaml, checkpoints/, TensorBoard's events, metrics_test.json, predictions/.",
         )
         parser.add_class_arguments(PredictionSettings, "prediction")
@@ -78,6 +91,20 @@ class TrainingCLI(LightningCLI):
             if config.ckpt_path is None:
                 raise ValueError(f"{subcommand} needs trained weights; give --ckpt_path, for example {last}")
             config.model.pretrained = False  # the checkpoint brings every weight
+            warnings.filterwarnings("ignore", ".*The dirpath has changed")  # no checkpoint is written
+        for name in ("root", "classes"):  # config.yaml is read from other working directories too
+            if config.data[name] is not None:
+                config.data[name] = os.path.abspath(config.data[name])
+
+    def _parse_ckpt_path(self) -> None:
+        """Finds the checkpoint. To evaluate or predict, it says what the network is; for `fit` the module compares, so
+        that nothing that was asked for is changed silently (as LightningCLI would).
+        """
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path is not None:
+            config.ckpt_path = str(_checkpoint(config.ckpt_path, config.output))
+        if self.config.subcommand != "fit":
+            super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         output = Path(self._get(self.config_init, "output"))
@@ -85,7 +112,11 @@ class TrainingCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", str(output))
         if config.get("logger") is None:
             kwargs.setdefault("logger", TensorBoardLogger(output, name="", version="", default_hp_metric=False))
-        own = [ScoresTable(), progress(), *checkpoints(output / "checkpoints")]
+        own: list[Callback] = [ScoresTable()]
+        if config.get("enable_progress_bar") is not False:
+            own.append(progress())
+        if config.get("enable_checkpointing") is not False:
+            own += checkpoints(output / "checkpoints")
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
@@ -110,9 +141,34 @@ class TrainingCLI(LightningCLI):
             print(path)
 
 
+class RunConfig(SaveConfigCallback):
+    """Writes OUTPUT/config.yaml as the training starts: after a checkpoint was restored, so that a resume that fails
+    leaves the file as it was.
+    """
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Nothing: it is too early."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            config.ckpt_path = None  # where this call resumed from is no setting of the run
+            write_text(Path(config.output) / self.config_filename, self.parser.dump(config, skip_none=False))
+
+
 class _Parser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         """Nothing: an error is told with the way to --help, not with a hundred lines of options."""
+
+
+def _checkpoint(given: str, output: str) -> Path:
+    """The file that `--ckpt_path` means: a path, or last or best of the run in `output`."""
+    path = Path(output) / "checkpoints" / f"{given}.ckpt" if given in ("last", "best") else Path(given)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; a run writes last.ckpt and best.ckpt to OUTPUT/checkpoints"
+        )
+    return path
 
 
 def _value(arguments: list[str], name: str) -> str | None:

@@ -17,12 +17,14 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from in2nect.data.classes import Classes
 from in2nect.loss import In2NeCTLoss
 from in2nect.metrics import SegmentationMetrics, SegmentationScores
 from in2nect.models import SegmentationModel, TrainingOutput, create_model
+from in2nect.ops.backend import select
 from in2nect.prediction.scene import predict_raster
 from in2nect.training.losses import SegmentationLoss
 from in2nect.training.settings import LossSettings, OptimizerSettings, PredictionSettings, TuningSettings
@@ -90,17 +92,17 @@ class SegmentationModule(lightning.LightningModule):
 
     def build(self, classes: Classes) -> None:
         """Makes the network, the losses and the metrics for these classes; a second call only checks that the classes
-        are as many.
+        are the same (their colours may differ).
 
         Raises:
-            ValueError: the network is there already, for another number of classes.
+            ValueError: the network is there already, for classes of other names, in another order or with another
+                ignored code.
         """
         if hasattr(self, "classes"):
-            if self.classes.num_classes != classes.num_classes:
+            if _meaning(self.classes) != _meaning(classes):
                 raise ValueError(
-                    f"the data has {self.classes.num_classes} classes ({', '.join(self.classes.names)}), but the "
-                    f"checkpoint was trained on {classes.num_classes} ({', '.join(classes.names)}); give the class "
-                    "file it was trained with"
+                    f"the classes of the data and of the checkpoint differ: {_meaning(self.classes)} against "
+                    f"{_meaning(classes)}; give the class file that the checkpoint was trained with"
                 )
             return
         self.classes = classes
@@ -111,14 +113,16 @@ class SegmentationModule(lightning.LightningModule):
             pretrained=self.pretrained,
             in_channels=self.in_channels,
         ).to(memory_format=self.memory_format)
-        self.register_buffer("input_mean", _per_channel(self.model.input_mean), persistent=False)
-        self.register_buffer("input_std", _per_channel(self.model.input_std), persistent=False)
+        # They depend on `pretrained`, which is not asked for when a checkpoint is read: so they are part of it.
+        self.register_buffer("input_mean", _per_channel(self.model.input_mean))
+        self.register_buffer("input_std", _per_channel(self.model.input_std))
         self.segmentation_loss = SegmentationLoss(self.loss, classes.ignore_index)
         self.criterion = self._make_criterion() if self.tuning.enabled else None
         self.metrics = SegmentationMetrics(classes.num_classes, classes.names, classes.ignore_index)
 
     def setup(self, stage: str) -> None:
-        self.build(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+        if stage != "predict":  # for which the checkpoint's own classes are enough
+            self.build(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of uint8 images (B, C, H, W)."""
@@ -139,6 +143,8 @@ class SegmentationModule(lightning.LightningModule):
         return (images / 255 - self.input_mean) / self.input_std
 
     def on_fit_start(self) -> None:
+        if self.criterion is not None:
+            _check_backend(self.device)
         millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
         losses = "with In2NeCT's losses" if self.criterion is not None else "without In2NeCT's losses"
         self.print(
@@ -204,11 +210,27 @@ class SegmentationModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "classes" not in checkpoint:
             raise ValueError("the checkpoint holds no classes; it was not written by in2nect")
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._check_settings(checkpoint["hyper_parameters"])
         if not hasattr(self, "classes"):
             self.pretrained = False  # the checkpoint's own weights follow
         stored = checkpoint["classes"]
         colors = tuple((red, green, blue) for red, green, blue in stored["colors"])
         self.build(Classes(tuple(stored["names"]), colors, stored["ignore_index"]))
+
+    def _check_settings(self, stored: Mapping[str, Any]) -> None:
+        """Refuses to go on with a training under other settings; where the first weights came from does not matter."""
+        there, here = _flat(stored), _flat(self.hparams)
+        differences = [
+            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+            for name in sorted({*there, *here} - {"pretrained"})
+            if there.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"the checkpoint was trained with other settings of `model`: {'; '.join(differences)}. Give the same "
+                "to resume it (OUTPUT/config.yaml holds them), or train anew without --ckpt_path"
+            )
 
     def _make_criterion(self) -> In2NeCTLoss:
         options = {name: value for name, value in asdict(self.tuning).items() if name != "enabled"}
@@ -296,6 +318,27 @@ def cosine(steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
         return (1 + math.cos(math.pi * done)) / 2
 
     return factor
+
+
+def _check_backend(device: torch.device) -> None:
+    """Refuses a backend, asked for by IN2NECT_BACKEND, that cannot run here, before the first step meets it."""
+    try:
+        select("class_sums", device)
+    except RuntimeError as error:
+        raise ValueError(f"IN2NECT_BACKEND={os.environ.get('IN2NECT_BACKEND')}: {error}") from error
+
+
+def _meaning(classes: Classes) -> str:
+    """What label codes mean, without the colours they are shown in."""
+    return f"[{', '.join(classes.names)}] with {classes.ignore_index} ignored"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:

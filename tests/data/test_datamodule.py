@@ -91,7 +91,26 @@ def test_classes_come_from_the_root_or_from_a_file(root: Path, tmp_path: Path) -
     (root / "classes.yaml").rename(other)
     assert FolderDataModule(root, classes=other).classes.num_classes == 3
     with pytest.raises(FileNotFoundError, match=r"classes\.yaml: missing, .* set `classes` to a YAML"):
-        FolderDataModule(root)
+        FolderDataModule(root).classes  # noqa: B018 - read when they are asked for
+
+
+def test_predicting_given_rasters_needs_no_data_set(root: Path) -> None:
+    image = root / "images" / "part0.tif"
+    data = FolderDataModule(predict_images=str(image))
+    data.setup("predict")
+    assert [item["path"] for item in data.predict_dataloader()] == [str(image)]
+    with pytest.raises(ValueError, match=r"data\.root is not given; set it to a folder"):
+        data.setup("test")
+
+
+def test_training_without_a_validation_split_says_so(root: Path) -> None:
+    table = root / "split.csv"
+    table.write_text(table.read_text().replace(",val", ",test"))
+    with pytest.warns(UserWarning, match=r"no image in split 'val': the training is not validated .* use last\.ckpt"):
+        data = module(root)
+    assert data.val_dataloader() == []
+    with pytest.raises(ValueError, match="no image in split 'val'"):
+        module(root, "validate")
 
 
 def test_rasters_to_predict(root: Path) -> None:

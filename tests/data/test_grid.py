@@ -50,7 +50,18 @@ def test_batches_have_one_shape_and_hold_every_window_once(dataset: GridDataset)
 def test_ranks_share_the_windows_without_repeating(dataset: GridDataset) -> None:
     dealt = [list(ShapeBatchSampler(dataset.windows, 4, rank=rank, world_size=3)) for rank in range(3)]
     numbers = [number for batches in dealt for batch in batches for number in batch]
-    assert sorted(numbers) == list(range(len(dataset)))
+    assert sorted(number for number in numbers if number >= 0) == list(range(len(dataset)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 100])
+def test_every_rank_has_as_many_batches(dataset: GridDataset, classes: Classes, ranks: int) -> None:
+    """Also where there are more ranks than windows: a rank with nothing left scores none of what it is given."""
+    dealt = [list(ShapeBatchSampler(dataset.windows, 16, rank=rank, world_size=ranks)) for rank in range(ranks)]
+    assert len({len(batches) for batches in dealt}) == 1 and dealt[-1]
+    assert max(len(batch) for batches in dealt for batch in batches) <= max(1, len(dataset) // ranks)
+    filling = [number for batches in dealt for batch in batches for number in batch if number < 0]
+    assert len(filling) < ranks and (filling or ranks < 100)
+    assert all((sample["label"] == classes.ignore_index).all() for sample in dataset[filling])
 
 
 def test_foreign_codes_are_refused(make_folder, classes: Classes, write_raster) -> None:

@@ -56,6 +56,8 @@ def test_failed_download_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch)
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match=r"no route.*pretrained: /path/to/weights.safetensors.*bundled"):
+    with pytest.raises(
+        ConnectionError, match=r"weights of .*no route.*pretrained: /path/to/weights.safetensors.*bundled"
+    ):
         create_encoder("resnet18", pretrained=True)
     assert asked == ["resnet18.fb_swsl_ig1b_ft_in1k"]

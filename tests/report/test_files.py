@@ -1,5 +1,6 @@
 """Files appear complete or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,24 @@ def test_replaces_on_success_and_keeps_the_old_file_on_failure(tmp_path: Path) -
         write_json(target, float("nan"))
     assert target.read_text() == before
     assert [path.name for path in target.parent.iterdir()] == ["scores.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc to name an open file by")
+def test_a_file_reaches_the_disk_before_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).suffix or 'folder'}")
+        sync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_json(tmp_path / "scores.json", {})
+    assert done == ["sync .json", "rename", "sync folder"]

@@ -4,9 +4,11 @@ answered with.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -89,34 +91,118 @@ def test_predict_keeps_the_georeference(run: Path, dataset: Path, tmp_path: Path
         assert codes.read(1).max() < 3
 
 
-def test_killed_run_resumes_to_the_same_weights(dataset: Path, tmp_path: Path) -> None:
-    """kill -9 in the second epoch of three; dropout is on, and so is a projection with its own BatchNorm."""
+def test_killed_run_resumes_to_the_same_weights(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 in the second epoch of three; dropout is on, and so is a projection with its own BatchNorm. The resume
+    takes its settings from config.yaml.
+    """
     options = ["--model.tuning.projection=8", "--trainer.accumulate_grad_batches=2", "--data.samples_per_epoch=8"]
     kill = ["--trainer.callbacks+=kill.KillAt", "--trainer.callbacks.epoch=1", "--trainer.callbacks.batch=2"]
     whole, parts = fit(dataset, tmp_path / "whole", 3, *options), fit(dataset, tmp_path / "parts", 3, *options)
     assert subprocess_main([*parts, *kill]).returncode == -signal.SIGKILL
-    assert main([*parts, "--ckpt_path=last"]) == 0
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # config.yaml names kill.KillAt
+    resume = ["fit", "--ckpt_path=last", f"--output={tmp_path / 'parts'}", "--trainer.callbacks=null"]
+    assert main(resume) == 0
     assert main(whole) == 0
-    expected, found = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "parts")
-    )
-    assert found["global_step"] == expected["global_step"] == 6
-    assert_same(found["state_dict"], expected["state_dict"])
-    assert_same(found["optimizer_states"], expected["optimizer_states"])
+    for name in ("last", "best"):
+        expected, found = (
+            torch.load(tmp_path / run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in ("whole", "parts")
+        )
+        assert found["global_step"] == expected["global_step"]
+        assert_same(found["state_dict"], expected["state_dict"])
+        assert_same(found["optimizer_states"], expected["optimizer_states"])
+        moved = str(expected["callbacks"]).replace(str(tmp_path / "whole"), str(tmp_path / "parts"))
+        assert str(found["callbacks"]) == moved and moved.count("best_model_score") == 2
+        if name == "last":
+            assert found["global_step"] == 6
+            states = {Path(state["best_model_path"]).name: state for state in found["callbacks"].values()}
+            best = torch.load(tmp_path / "parts" / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
+            assert states["best.ckpt"] in best.values()  # no epoch older than the file itself
+
+
+def test_resuming_with_other_settings_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.yaml").read_bytes()
+    for checkpoint in ("last", str(run / "checkpoints" / "last.ckpt")):
+        resume = ["fit", f"--ckpt_path={checkpoint}", f"--output={run}", "--model.optimizer.lr=0.1"]
+        assert main([*resume, "--model.tuning.weight=0.3"]) == 2
+        told = capsys.readouterr().err
+        assert "optimizer.lr is 0.0005 there and 0.1 here; tuning.weight is 0.2 there and 0.3 here" in told
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_run_is_read_from_another_folder(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on relative paths; `predict` gets along without the data set."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(dataset, here / "data")
+    (here / "data" / "classes.yaml").rename(here / "classes.yaml")
+    there.mkdir()
+    monkeypatch.chdir(here)
+    assert main([*fit(Path("data"), Path("run"), 1), "--data.classes=classes.yaml"]) == 0
+    monkeypatch.chdir(there)
+    assert main(["test", f"--ckpt_path={here}/run/checkpoints/last.ckpt"]) == 0
+    assert main(["validate", "--ckpt_path=best", f"--output={here / 'run'}"]) == 0
+    assert (here / "run" / "metrics_validate.json").is_file()
+    image = there / "scene.tif"
+    shutil.copy(here / "data" / "images" / "scene0.tif", image)
+    shutil.rmtree(here / "data")
+    (here / "classes.yaml").unlink()
+    predict = ["predict", f"--ckpt_path={here}/run/checkpoints/last.ckpt", f"--data.predict_images={image}"]
+    assert main([*predict, "--output=with_config"]) == 0
+    (here / "run" / "config.yaml").unlink()
+    assert main([*predict, "--output=alone"]) == 0
+    codes = [(there / name / "predictions" / "scene.tif").read_bytes() for name in ("with_config", "alone")]
+    assert codes[0] == codes[1]
+
+
+@pytest.mark.parametrize("split", ["val", "none"])
+def test_fit_without_validation_checkpoints_or_bar(split: str, dataset: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    if split == "none":
+        table = data / "split.csv"
+        table.write_text(table.read_text().replace(",val", ",test"))
+    less = ["--trainer.limit_val_batches=0"] if split == "val" else []
+    assert main(fit(data, tmp_path / "run", 2, *less, "--trainer.enable_progress_bar=false")) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert main(fit(data, tmp_path / "none", 1, *less, "--trainer.enable_checkpointing=false")) == 0
+    assert (tmp_path / "none" / "config.yaml").is_file() and not (tmp_path / "none" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+def test_a_run_that_moved_is_told_of_when_it_is_resumed(subcommand: str, run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert main([subcommand, "--ckpt_path=last", f"--output={moved}"]) == 0
+    assert any("dirpath has changed" in str(warning.message) for warning in told) is (subcommand == "fit")
+
+
+def test_a_backend_that_cannot_run_here_is_told_before_training(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IN2NECT_BACKEND", "triton")
+    assert main(fit(dataset, tmp_path / "run", 1)) == 2
+    assert "IN2NECT_BACKEND=triton" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fly"], "expected one of fit"),
-        (["fit", "--data.root=/nowhere"], "/nowhere/classes.yaml: missing"),
+        (["fit", "--data.root=/nowhere"], "/nowhere/labels: no such folder"),
         (["fit", "--data.root=DATA", "--model.network=segnet"], "unknown model 'segnet'; expected one of"),
         (["fit", "--data.root=DATA", "--model.tuning.weigth=1"], "model.tuning.weigth"),
         (["fit", "--data.root=DATA", "--model.tuning.estimator=magic"], "magic"),
         (["fit", "--data.root=DATA", "--output=RUN"], "Resume that run with --ckpt_path last"),
         (["fit", "--config=missing.yaml"], "missing.yaml"),
         (["test", "--data.root=DATA"], "give --ckpt_path"),
+        (["fit", "--data.root=DATA", "--trainer.accelerator=cpu", "--trainer.devices=0"], "devices"),
+        (["fit", "--ckpt_path=last"], "runs/fit/checkpoints/last.ckpt: no such checkpoint"),
         (["test", "--ckpt_path=missing.ckpt"], "missing.ckpt: no such checkpoint"),
+        (["predict", "--ckpt_path=best", "--output=x"], "x/checkpoints/best.ckpt: no such checkpoint"),
     ],
 )
 def test_mistakes_are_answered_briefly(

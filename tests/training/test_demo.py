@@ -48,5 +48,17 @@ def test_demo_writes_everything_and_trains_once(
     assert json.loads((output / "metrics.json").read_text())["runs"] == metrics["runs"]
 
     monkeypatch.setattr("in2nect.demo._STEPS_PER_EPOCH", 2)
+    arguments[2] = str(output.rename(tmp_path / "moved"))
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("trained already") == 2
     assert main([*arguments, "--lr=0.001"]) == 0
     assert "trained already" not in capsys.readouterr().out
+
+
+def test_demo_removes_no_folder_that_it_did_not_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = tmp_path / "demo" / "without" / "thesis.tex"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("years of work")
+    assert main(["demo", "--output", str(tmp_path / "demo"), *ARGUMENTS.split()]) == 2
+    assert "without is not empty and holds no arm.json" in capsys.readouterr().err
+    assert foreign.read_text() == "years of work"

