@@ -67,7 +67,7 @@ def _spin_briefly() -> None:
 def _fail(error: Exception, code: int) -> int:
     if os.environ.get(_TRACEBACK, "0") not in ("", "0"):
         raise error
-    mend = " Install the pipeline: pip install 'in2nect[train]'." if isinstance(error, ModuleNotFoundError) else ""
+    mend = ". Install the pipeline: pip install 'in2nect[train]'." if isinstance(error, ModuleNotFoundError) else ""
     print(f"in2nect: {error}{mend}\n(set {_TRACEBACK}=1 to see where this arose)", file=sys.stderr)
     return code
 
