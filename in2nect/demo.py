@@ -70,7 +70,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     from rich.console import Console
 
     from in2nect.data.synthetic import write_synthetic_dataset
-    from in2nect.report.files import write_json, write_text
+    from in2nect.files import write_json, write_text
     from in2nect.report.tables import comparison_table
     from in2nect.training.callbacks import quieten
 
@@ -119,7 +119,7 @@ def _train(settings: DemoSettings, data: "FolderDataModule", name: str, tuning: 
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from in2nect import __version__
-    from in2nect.report.files import write_json
+    from in2nect.files import write_json
     from in2nect.training.callbacks import progress
     from in2nect.training.checkpoints import AtomicCheckpointIO, last_checkpoint
 

@@ -223,8 +223,7 @@ def _moments(
 ) -> Tensor:
     """``sum_i a_i log D_i`` by second-order cumulants; rows of weight 0 count for nothing.
 
-    Pooled: ``sum_i a_i LSE_i + tr(Sigma_bar B) / (2 tau^2)``, B = sum_i a_i u_i u_i^T, which spares the quadratic a
-        pixel.
+    Pooled: ``sum_i a_i LSE_i + tr(Sigma_bar B) / (2 tau^2)``, B = sum_i a_i u_i u_i^T: no quadratic a pixel.
     """
     present = counts > 0
     centres = sums / counts.clamp(min=1)[:, None].to(sums.dtype)  # (K, d)

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
+from in2nect.files import write_text
+
 Color = tuple[int, int, int]
 
 
@@ -81,15 +83,12 @@ class Classes:
             raise ValueError(f"{path}: {error}") from error
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Write the class file that `from_yaml` reads back, to a temporary name first."""
+        """Write the class file that `from_yaml` reads back, atomically."""
         lines = [f"ignore_index: {self.ignore_index}", "classes:"]
         for name, color in zip(self.names, self.colors, strict=True):
             entry = {"name": name, "color": list(color)}
             lines.append("  - " + yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=1000).strip())
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "\n".join(lines) + "\n")
 
 
 def _entries(path: Path, content: Any) -> list[tuple[str, Color]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from in2nect.data.classes import Classes
 from in2nect.data.windows import axis_spans, open_raster
-from in2nect.report.files import replacing
+from in2nect.files import replacing
 
 _BLOCK = 256  # side of a GeoTIFF tile in pixels: the customary size for cloud-optimised readers
 

@@ -1,3 +1,3 @@
-"""Figures, tables and the files they are written to. Import from the modules: matplotlib is loaded by
+"""Figures, tables, and curves out of a run's log. Import from the modules: matplotlib is loaded by
 `report.figures` alone.
 """

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from in2nect.data.classes import Classes
-from in2nect.report.files import replacing
+from in2nect.files import replacing
 
 Curve = Sequence[tuple[int, float]]
 """(step, value) pairs."""

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from in2nect.report.files import write_json
+from in2nect.files import write_json
 from in2nect.report.tables import scores_table
 from in2nect.training.module import SegmentationModule
 

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from in2nect.report.files import replacing
+from in2nect.files import replacing
 
 
 def checkpoints(folder: Path) -> list[Callback]:

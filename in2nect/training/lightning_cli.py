@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from in2nect.report.files import write_text
+from in2nect.files import write_text
 from in2nect.training.callbacks import ScoresTable, progress, quieten
 from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
 from in2nect.training.datamodule import FolderDataModule

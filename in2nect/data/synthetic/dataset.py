@@ -18,6 +18,7 @@ from rasterio.transform import Affine
 
 from in2nect.data.classes import LOVEDA
 from in2nect.data.synthetic.scene import synthetic_scene
+from in2nect.files import replacing, write_json, write_text
 
 MARKER = "synthetic.json"
 FORMAT = 1
@@ -63,7 +64,7 @@ def write_synthetic_dataset(
         _remove_scenes(root)
     for folder in (root / "images", root / "labels"):
         folder.mkdir(parents=True, exist_ok=True)
-    _write_text(root / MARKER, json.dumps({**wanted, "complete": False}, indent=1) + "\n")
+    write_json(root / MARKER, {**wanted, "complete": False})
     for number, (image, label) in enumerate(files.values()):
         if image.is_file() and label.is_file():
             continue
@@ -72,9 +73,9 @@ def write_synthetic_dataset(
         _write_raster(image, np.moveaxis(scene.image, -1, 0), place, photometric="RGB")
         _write_raster(label, scene.label[None], place, nodata=LOVEDA.ignore_index)
     rows = [f"images/{name}.tif,{split}" for name, split in zip(names, splits, strict=True)]
-    _write_text(root / "split.csv", "\n".join(["image,split", *rows]) + "\n")
+    write_text(root / "split.csv", "\n".join(["image,split", *rows]) + "\n")
     LOVEDA.to_yaml(root / "classes.yaml")
-    _write_text(root / MARKER, json.dumps({**wanted, "complete": True}, indent=1) + "\n")
+    write_json(root / MARKER, {**wanted, "complete": True})
     return root
 
 
@@ -98,32 +99,22 @@ def _remove_scenes(root: Path) -> None:
 def _write_raster(path: Path, bands: NDArray[np.uint8], place: Affine, **options: Any) -> None:
     """Bands (C, H, W) as a tiled, compressed GeoTIFF; a single band gets the classes' palette."""
     count, height, width = bands.shape
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with rasterio.open(
-        temporary,
-        "w",
-        driver="GTiff",
-        width=width,
-        height=height,
-        count=count,
-        dtype="uint8",
-        crs=COORDINATES,
-        transform=place,
-        tiled=True,
-        blockxsize=256,
-        blockysize=256,
-        compress="deflate",
-        predictor=2,
-        interleave="pixel",
-        **options,
-    ) as target:
+    profile: dict[str, Any] = {
+        "driver": "GTiff",
+        "width": width,
+        "height": height,
+        "count": count,
+        "dtype": "uint8",
+        "crs": COORDINATES,
+        "transform": place,
+        "tiled": True,
+        "blockxsize": 256,
+        "blockysize": 256,
+        "compress": "deflate",
+        "predictor": 2,
+        "interleave": "pixel",
+    }
+    with replacing(path) as partial, rasterio.open(partial, "w", **profile, **options) as target:
         target.write(bands)
         if count == 1:
             target.write_colormap(1, dict(enumerate(LOVEDA.colors)))
-    temporary.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextmanager
-def replacing(target: str | Path) -> Iterator[Path]:
+def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `target`, with its suffix; brought to the disk and renamed to `target` on
     success, removed on an exception.
     """
@@ -28,13 +28,13 @@ def replacing(target: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_text(target: str | Path, text: str) -> None:
+def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes a text file atomically, in UTF-8."""
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(target: str | Path, content: Any) -> None:
+def write_json(target: str | os.PathLike[str], content: Any) -> None:
     """Writes plain values as indented JSON, atomically.
 
     Raises:

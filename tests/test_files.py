@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from in2nect.report.files import replacing, write_json
+from in2nect.files import replacing, write_json
 
 
 def fail_half_way(target: Path) -> None:
