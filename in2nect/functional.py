@@ -1,8 +1,8 @@
 """The losses as functions: class means, inter-class loss (Eqs. 5, 10) and intra-class loss (Eq. 6), over the operators.
 
 Time: ``exact`` O(N^2 d), ``sampled`` O(N d + (K m)^2 d), ``moments`` O(N d (K + d)), or O(N K d^2) with a covariance a
-class. None keeps an N x N matrix, but ``exact`` and ``moments`` hold the rows of every pixel in float32, at label
-resolution too, until ``moments`` is an operator of its own.
+class. None keeps an N x N matrix, but ``moments`` holds the rows of every pixel in float32, at label resolution too,
+until it is an operator of its own; so does ``exact`` off the Triton kernels, and with them at label resolution.
 Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
 ``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
 use :func:`in2nect.reference.intra_class_loss`.
@@ -127,6 +127,16 @@ def intra_class_loss(
     reference.check_settings(estimator, covariance, temperature, normalize)
     check_inputs(features, labels, num_classes, resolution)
     with _full_precision(features):
+        if estimator == "exact":
+            grid, grid_labels = _one_grid(features, labels, resolution)
+            return ops.intra_exact(
+                grid,
+                grid_labels,
+                num_classes,
+                ignore_index=ignore_index,
+                temperature=temperature,
+                normalize=normalize,
+            )
         # The features are differentiated along several ways, whose sum is to be rounded to their dtype once.
         features = features.to(ops.accumulation_dtype(features.dtype))
         sums, counts, squares = ops.class_sums(
@@ -163,12 +173,9 @@ def intra_class_loss(
             classes = torch.where(valid, flat, 0).long()
             weights = torch.where(valid, 1.0 / n.clamp(min=1.0)[classes], 0.0)
             anchor_weights = torch.where(paired[classes], weights, 0.0)
-            if estimator == "moments" and features.is_cuda and not torch.compiler.is_compiling():
+            if features.is_cuda and not torch.compiler.is_compiling():
                 ops.warn_slow("moments")
-            if estimator == "exact":
-                log_d = _weighted(anchor_weights, ops.pair_logsumexp(rows, weights, temperature))
-            else:
-                log_d = _moments(rows, classes, weights, anchor_weights, sums, counts, temperature, covariance)
+            log_d = _moments(rows, classes, weights, anchor_weights, sums, counts, temperature, covariance)
         return log_d - positive
 
 
@@ -176,6 +183,20 @@ def intra_class_floor(num_classes: int, temperature: float = 1.0) -> float:
     """The intra-class loss of unit rows that sit on a perfect simplex ETF of K classes: what a plot should subtract."""
     own, other = 1.0 / temperature, -1.0 / ((num_classes - 1) * temperature)
     return num_classes * (math.log(math.exp(own) + (num_classes - 1) * math.exp(other)) - own)
+
+
+def _one_grid(features: Tensor, labels: Tensor, resolution: Resolution) -> tuple[Tensor, Tensor]:
+    """Features (B, d, h, w) and labels (B, h, w) on one grid: labels picked at the features', or features upsampled.
+
+    Pairs of upsampled pixels are quadratically many, so beside them the upsampled features are nothing.
+    """
+    grid, grid_labels = as_grid(features, labels)
+    if resolution == "feature":
+        return grid, to_feature_grid(grid_labels, *grid.shape[2:])
+    height, width = grid_labels.shape[1:]
+    if grid.shape[2:] != (height, width):
+        grid = grid.to(ops.accumulation_dtype(grid.dtype))
+    return reference.label_resolution_rows(grid, height, width), grid_labels
 
 
 def _weighted(weights: Tensor, log_d: Tensor) -> Tensor:

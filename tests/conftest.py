@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which they must be told before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from in2nect.ops import backend
 
 
@@ -23,6 +27,16 @@ def cpu_backend(request: pytest.FixtureRequest):
         pytest.skip(f"backend {request.param}: {reason}")
     with backend.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def triton_device():
+    """Run the test on the Triton kernels: on a GPU where there is one, else in the interpreter on the CPU."""
+    reason = backend.why_not("triton")
+    if reason is not None:
+        pytest.skip(f"backend triton: {reason}")
+    with backend.use_backend("triton"):
+        yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

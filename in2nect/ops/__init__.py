@@ -4,6 +4,7 @@ from in2nect.ops._registration import accumulation_dtype
 from in2nect.ops.backend import use_backend, warn_slow
 from in2nect.ops.class_sums import class_sums
 from in2nect.ops.gather_rows import gather_rows
+from in2nect.ops.intra_exact import intra_exact
 from in2nect.ops.pair_logsumexp import pair_logsumexp
 from in2nect.ops.sample_pixels import sample_pixels
 
@@ -11,6 +12,7 @@ __all__ = [
     "accumulation_dtype",
     "class_sums",
     "gather_rows",
+    "intra_exact",
     "pair_logsumexp",
     "sample_pixels",
     "use_backend",

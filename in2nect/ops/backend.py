@@ -6,18 +6,21 @@ otherwise.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from in2nect import native
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")}  # by device, the fastest first
+_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}  # by device, the fastest first
 _DEVICE = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}  # where a backend runs; the reference runs anywhere
+MINIMUM_CAPABILITY = (8, 0)  # of the Triton kernels: bfloat16 tensor cores
 
 _implementations: dict[tuple[str, str], Callable] = {}
 _chosen: str | None = None
@@ -70,7 +73,7 @@ def select(operator: str, device: torch.device) -> Callable:
     if backend is not None:
         if _chosen is None:
             _check_available(backend)
-        if _DEVICE.get(backend, device.type) != device.type:
+        if _DEVICE.get(backend, device.type) != device.type and not (backend == "triton" and interpreted()):
             raise RuntimeError(
                 f"The backend {backend!r} runs on {_DEVICE[backend]} and the tensors are on {device.type}. Move them, "
                 "or let the device choose: in2nect.use_backend(None), and unset IN2NECT_BACKEND."
@@ -79,7 +82,7 @@ def select(operator: str, device: torch.device) -> Callable:
             warn_slow(operator)
         return _implementations.get((operator, backend), _implementations[operator, "reference"])
     for candidate in _PREFERENCE.get(device.type, ("reference",)):
-        if candidate == "cuda" and device_why_not(device) is not None:
+        if candidate in ("cuda", "triton") and device_why_not(device, candidate) is not None:
             continue
         if (operator, candidate) in _implementations and why_not(candidate) is None:
             if candidate == "reference" and device.type == "cuda":
@@ -93,13 +96,27 @@ def why_not(backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        return "the Triton kernels are not part of this version; use 'cuda', 'cpp' or 'reference'"
+        return _triton_why_not()
     return native.why_not(backend)
 
 
+def interpreted() -> bool:
+    """Whether the Triton kernels run in Triton's interpreter, on tensors of any device: slow, and for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
-def device_why_not(device: torch.device) -> str | None:
-    """None where the CUDA operators run on a device; else the reason, found by running one on a single pixel."""
+def device_why_not(device: torch.device, backend: str) -> str | None:
+    """None where the kernels of "cuda" or "triton" run on a CUDA device; else the reason.
+
+    For "cuda" it is found by running one on a single pixel.
+    """
+    if backend == "triton":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            found = ".".join(map(str, capability))
+            return f"the Triton kernels need compute capability 8.0 or later and {device} has {found}"
+        return None
     if native.why_not("cuda") is not None:
         return native.why_not("cuda")
     features = torch.ones(1, 1, 1, 1, device=device)
@@ -119,6 +136,25 @@ def implements(operator: str, backend: str) -> bool:
 def operators() -> list[str]:
     """The names of all operators."""
     return sorted({operator for operator, _ in _implementations})
+
+
+def kernel(operator: str, name: str | None = None) -> Callable:
+    """The host function of an operator's Triton kernels, in kernels/<operator>.py, imported when first called."""
+
+    def call(*arguments: Any) -> Any:
+        module = importlib.import_module(f"in2nect.kernels.{operator}")
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, not on the tensors'
+            return getattr(module, name or operator)(*arguments)
+
+    return call
+
+
+def _triton_why_not() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; on Linux, pip install triton"
+    if not interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+    return None
 
 
 def _check_available(name: str) -> None:

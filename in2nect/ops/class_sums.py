@@ -2,7 +2,8 @@
 
 The numerators of Eq. 3 (raw rows) and the S_k of the exact positive term of Eq. 6 (unit rows). Linear in raw rows, so
 that operator can be differentiated any number of times; unit rows and squares once.
-Deterministic: cpp and cuda always, for any number of threads; the reference under torch.use_deterministic_algorithms.
+Deterministic: cpp, cuda and triton always, for any number of threads; the reference under
+torch.use_deterministic_algorithms.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from in2nect import reference
 from in2nect.labels import as_grid, check_inputs, check_values, to_feature_grid, valid_mask
 from in2nect.ops._registration import accumulation_dtype, define, differentiable
-from in2nect.ops.backend import implementation, select, warn_slow
+from in2nect.ops.backend import implementation, kernel, select, warn_slow
 
 
 def class_sums(
@@ -60,10 +61,10 @@ def _class_sums(
     normalize: bool,
     squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_values(labels, num_classes, ignore_index)
+    run = select("class_sums", features.device)
+    check_unless_checked(run, labels, num_classes, ignore_index)
     labels = _rows_labels(features, labels, resolution)
-    kernel = select("class_sums", features.device)
-    return kernel(features, labels, num_classes, ignore_index, normalize, squares)
+    return run(features, labels, num_classes, ignore_index, normalize, squares)
 
 
 def _class_sums_fake(
@@ -93,8 +94,8 @@ def _class_sums_backward(
     normalize: bool,
 ) -> Tensor:
     labels = _rows_labels(features, labels, resolution)
-    kernel = select("class_sums_backward", features.device)
-    return kernel(grad_sums, grad_squares, features, labels, ignore_index, normalize)
+    run = select("class_sums_backward", features.device)
+    return run(grad_sums, grad_squares, features, labels, ignore_index, normalize)
 
 
 def _class_sums_backward_fake(
@@ -164,6 +165,13 @@ define(
 )
 differentiable("class_sums", _backward, _setup_context)
 differentiable("class_sums_backward", _second, _setup_second)
+
+
+def check_unless_checked(run: Callable, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """:func:`in2nect.labels.check_values`, but for a kernel which on CUDA asserts what it reads: that spares the labels
+    several passes of their own."""
+    if not (labels.is_cuda and getattr(run, "checks_labels", False)):
+        check_values(labels, num_classes, ignore_index)
 
 
 def _rows_labels(features: Tensor, labels: Tensor, resolution: str) -> Tensor:
@@ -260,3 +268,8 @@ _REFERENCE = {"class_sums": _reference, "class_sums_backward": _reference_backwa
 for _backend in ("cpp", "cuda"):
     for _name in _REFERENCE:
         implementation(_name, _backend)(_native(f"in2nect_{_backend}", _name))
+
+_triton: Any = kernel("class_sums")
+_triton.checks_labels = True
+implementation("class_sums", "triton")(_triton)
+implementation("class_sums_backward", "triton")(kernel("class_sums", "class_sums_backward"))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from in2nect.ops._registration import define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, select
+from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
+from in2nect.ops.backend import implementation, kernel, select
 
 TILE_ELEMENTS = 2**22  # of one tile of similarities: 16 MiB in float32
 
@@ -21,22 +21,29 @@ def pair_logsumexp(anchors: Tensor, weights: Tensor, temperature: float, *, keys
     """``log sum_j weights_j exp(anchors_i.keys_j / temperature)``.
 
     Args:
-        anchors: (N, d), float32 or float64.
-        weights: (M,) non-negative, constant (no gradient flows to them); a key of weight 0 is not there.
+        anchors: (N, d); float32, float64, bfloat16 or float16.
+        weights: (M,) in the dtype of the result; non-negative, constant (no gradient flows to them); a key of weight 0
+            is not there.
         temperature: positive.
-        keys: (M, d); None takes the anchors themselves (the symmetric form).
+        keys: (M, d) in the anchors' dtype; None takes the anchors themselves (the symmetric form).
 
     Returns:
-        (N,); -inf where every weight is 0.
+        (N,), float32 or float64 for float64 rows; -inf where every weight is 0.
 
     Raises:
         ValueError: sizes do not fit, a temperature that is not positive, or weights that require a gradient.
+        TypeError: dtypes.
     """
     columns = anchors if keys is None else keys
     if anchors.dim() != 2 or columns.dim() != 2 or anchors.shape[1] != columns.shape[1]:
         raise ValueError(f"anchors {tuple(anchors.shape)} and keys {tuple(columns.shape)}; expected (N, d) and (M, d).")
     if weights.shape != columns.shape[:1]:
         raise ValueError(f"weights have shape {tuple(weights.shape)}; expected one a key, ({columns.shape[0]},).")
+    if columns.dtype != anchors.dtype or weights.dtype != accumulation_dtype(anchors.dtype):
+        raise TypeError(
+            f"anchors are {anchors.dtype}, keys {columns.dtype} and weights {weights.dtype}; expected keys in the "
+            f"anchors' dtype and weights in {accumulation_dtype(anchors.dtype)}."
+        )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a positive number.")
     if weights.requires_grad:
@@ -49,7 +56,7 @@ def _pair_logsumexp(anchors: Tensor, keys: Tensor | None, weights: Tensor, tempe
 
 
 def _pair_logsumexp_fake(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float) -> Tensor:
-    return anchors.new_empty(anchors.shape[0])
+    return anchors.new_empty(anchors.shape[0], dtype=accumulation_dtype(anchors.dtype))
 
 
 def _pair_logsumexp_backward(
@@ -97,11 +104,11 @@ once_differentiable("pair_logsumexp_backward")
 
 @implementation("pair_logsumexp", "reference")
 def _reference(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float) -> Tensor:
-    columns = anchors if keys is None else keys
+    rows, columns = _wide(anchors, keys)
     log_weights = weights.log()
-    log_d = anchors.new_empty(len(anchors))
-    for tile in _tiles(len(anchors), len(columns)):
-        similarity = anchors[tile] @ columns.T / temperature  # [tile, M]
+    log_d = rows.new_empty(len(rows))
+    for tile in _tiles(len(rows), len(columns)):
+        similarity = rows[tile] @ columns.T / temperature  # [tile, M]
         log_d[tile] = torch.logsumexp(similarity + log_weights, dim=1)
     return log_d
 
@@ -110,22 +117,32 @@ def _reference(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperatur
 def _reference_backward(
     grad: Tensor, log_d: Tensor, anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    columns = anchors if keys is None else keys
+    rows, columns = _wide(anchors, keys)
     log_weights = weights.log()
-    grad_anchors = torch.empty_like(anchors)
+    grad_rows = torch.empty_like(rows)
     grad_columns = torch.zeros_like(columns)
-    for tile in _tiles(len(anchors), len(columns)):
-        similarity = anchors[tile] @ columns.T / temperature
+    for tile in _tiles(len(rows), len(columns)):
+        similarity = rows[tile] @ columns.T / temperature
         # where D is 0 (log_d -inf) there is no key and so no gradient, where -inf - -inf would make NaN
         share = (similarity + log_weights - log_d[tile, None]).exp().nan_to_num(nan=0.0)
         share = share * (grad[tile, None] / temperature)  # [tile, M]
-        grad_anchors[tile] = share @ columns
-        grad_columns += share.T @ anchors[tile]
+        grad_rows[tile] = share @ columns
+        grad_columns += share.T @ rows[tile]
     if keys is None:
-        return grad_anchors + grad_columns, anchors.new_empty((0, anchors.shape[1]))
-    return grad_anchors, grad_columns
+        return torch.empty_like(anchors).copy_(grad_rows + grad_columns), anchors.new_empty((0, anchors.shape[1]))
+    return torch.empty_like(anchors).copy_(grad_rows), torch.empty_like(keys).copy_(grad_columns)
+
+
+def _wide(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Anchors and keys in the dtype of the sums."""
+    rows = anchors.to(accumulation_dtype(anchors.dtype))
+    return rows, rows if keys is None else keys.to(rows.dtype)
 
 
 def _tiles(rows: int, columns: int) -> list[slice]:
     step = max(1, TILE_ELEMENTS // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+implementation("pair_logsumexp", "triton")(kernel("pair_logsumexp"))
+implementation("pair_logsumexp_backward", "triton")(kernel("pair_logsumexp", "pair_logsumexp_backward"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from in2nect import functional, reference, simplex_etf, use_backend
-from in2nect.ops.backend import BACKENDS, implements, operators, why_not
+from in2nect.ops.backend import BACKENDS, implements, interpreted, operators, why_not
 
 _PACKAGES = (
     "in2nect",
@@ -77,7 +77,7 @@ def _backend(name: str) -> tuple[str, str, bool]:
     reason = why_not(name)
     if reason is not None:
         return name, f"not available: {reason}", True
-    device = "cuda" if name in ("cuda", "triton") else "cpu"
+    device = "cuda" if name == "cuda" or (name == "triton" and not interpreted()) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         return name, "available, not tested: there is no CUDA device", True
     own = [operator for operator in operators() if implements(operator, name)]

@@ -64,7 +64,7 @@ def test_a_chip_the_library_was_not_built_for(monkeypatch):
         raise RuntimeError("no kernel image is available for execution on the device")
 
     monkeypatch.setattr(torch.ops, "in2nect_cuda", types.SimpleNamespace(class_sums=no_image), raising=False)
-    assert "TORCH_CUDA_ARCH_LIST" in backend.device_why_not(torch.device("cpu"))
+    assert "TORCH_CUDA_ARCH_LIST" in backend.device_why_not(torch.device("cpu"), "cuda")
     backend.device_why_not.cache_clear()
 
 

@@ -58,8 +58,29 @@ def test_memory_does_not_grow_with_the_square():
     assert covered == list(range(1001))
 
 
+@pytest.mark.parametrize("keys", [None, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_accumulate_in_float32(keys, dtype):
+    rows, columns, weights = sample(keys=keys, dtype=torch.float32)
+    inputs = [t.detach().to(dtype).requires_grad_() for t in (rows, columns) if t is not None]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    found = ops.pair_logsumexp(inputs[0], weights, 0.5, keys=inputs[1] if keys else None)
+    expected = reference.exact_log_d(wide[0], wide[-1], weights.double(), 0.5)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(len(rows))
+    grads = torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, wide, upstream.double())
+    for ours, theirs in zip(*grads, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() <= 1.1 * (theirs.to(dtype).double() - theirs).norm() + 1e-6
+    arguments = (inputs[0], inputs[1] if keys else None, weights, 0.5)
+    opcheck(torch.ops.in2nect.pair_logsumexp, arguments)
+
+
 def test_errors():
     rows, _, weights = sample()
+    with pytest.raises(TypeError, match=r"anchors are torch\.float64, keys torch\.float32 and weights torch\.float64"):
+        ops.pair_logsumexp(rows, weights, 1.0, keys=rows.detach().float())
     with pytest.raises(ValueError, match=r"one a key, \(9,\)"):
         ops.pair_logsumexp(rows, weights[:-1], 1.0)
     with pytest.raises(ValueError, match="expected \\(N, d\\) and \\(M, d\\)"):
