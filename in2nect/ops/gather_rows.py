@@ -13,7 +13,7 @@ from torch import Tensor
 
 from in2nect import reference
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, select
+from in2nect.ops.backend import implementation, kernel, select
 from in2nect.ops.class_sums import through_normalization
 
 
@@ -141,3 +141,7 @@ def _neighbours(pixel: Tensor, cells: int, pixels: int, dtype: torch.dtype) -> t
     position = ((pixel.double() + 0.5) * (cells / pixels) - 0.5).clamp(min=0)  # float32 loses pixels from 2^23 on
     lower = position.long().clamp(max=cells - 1)
     return lower, (lower + 1).clamp(max=cells - 1), (position - lower).to(dtype)
+
+
+implementation("gather_rows", "triton")(kernel("gather_rows"))
+implementation("gather_rows_backward", "triton")(kernel("gather_rows", "gather_rows_backward"))

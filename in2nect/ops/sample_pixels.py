@@ -11,7 +11,7 @@ from torch import Tensor
 
 from in2nect.labels import valid_mask
 from in2nect.ops._registration import define
-from in2nect.ops.backend import implementation, select
+from in2nect.ops.backend import implementation, kernel, select
 
 # SplitMix64's constants as signed 64-bit integers: torch has no arithmetic on unsigned ones, and products wrap alike.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -71,6 +71,9 @@ def _reference(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, i
     if flat.numel() == 0:
         return torch.full_like(positions, -1)
     return torch.where(slots < counts[:, None], order[positions], -1)
+
+
+implementation("sample_pixels", "triton")(kernel("sample_pixels"))
 
 
 def hash_pixels(pixels: int, seed: Tensor) -> Tensor:
