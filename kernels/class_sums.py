@@ -37,11 +37,12 @@ from in2nect.kernels.label_windows import (
     window_sums,
 )
 from in2nect.kernels.launch import choose, input_precision, launch, next_power_of_2, pixel_strides, processors
+from in2nect.kernels.table import Entry
 
 DOT_ROWS = 16  # classes of a tile at least: the height of a tensor-core product
 MOST_CLASSES = 64  # of a tile; more classes are several tiles, which run side by side and share their reads in L2
-# Classes x pixels of a tile: 16 numbers a thread of 128, of which a few arrays are held in registers.
-CLASS_PIXELS = 2048
+CLASS_NUMBERS = 16  # a thread of a tile of classes and pixels at most: a few such arrays are held in registers
+FEW_LABELS = 8  # classes of a tile at least where a thread holds more than sums, so that it takes few labels at a time
 WIDE_PROGRAMS = 2  # a multiprocessor holds, of 128 threads, where a tile of more than 16 classes takes 255 registers
 INT32 = 2**31 - 1
 
@@ -143,6 +144,10 @@ def _most_classes(features: Tensor) -> int:
     return MOST_CLASSES // 2 if features.dtype == torch.float64 else MOST_CLASSES
 
 
+def _pixels_of_tile(entry: Entry, classes: int) -> int:
+    return min(entry.blocks["BLOCK_P"], CLASS_NUMBERS * 32 * entry.warps // classes)
+
+
 def _same_grid(at: _Place, classes: _Classes, normalize: bool, squares: bool) -> _Partial:
     features, labels = at.features, classes.labels
     batch, dim, h, w = features.shape
@@ -152,7 +157,7 @@ def _same_grid(at: _Place, classes: _Classes, normalize: bool, squares: bool) ->
     entry = choose("class_sums_same_grid", device, accumulator if normalize else features.dtype, dim)
     block_k = min(next_power_of_2(classes.num_classes), _most_classes(features))
     block_d = min(next_power_of_2(dim), entry.blocks["BLOCK_D"])
-    block_p = min(entry.blocks["BLOCK_P"], CLASS_PIXELS // block_k)
+    block_p = _pixels_of_tile(entry, block_k)
     k_blocks, d_blocks = triton.cdiv(classes.num_classes, block_k), triton.cdiv(dim, block_d)
     resident = entry.blocks["PROGRAMS"] if block_k == DOT_ROWS else min(entry.blocks["PROGRAMS"], WIDE_PROGRAMS)
     slots = max(1, min(images * triton.cdiv(pixels, block_p), resident * processors(device) // (k_blocks * d_blocks)))
@@ -195,10 +200,11 @@ def _label_resolution(at: _Place, classes: _Classes, normalize: bool, squares: b
         scales, squared = _norms(at, classes, normalize=normalize, squares=squares)
 
     entry = choose("class_sums_cells", device, features.dtype, dim)
-    block_k = min(triton.next_power_of_2(classes.num_classes), _most_classes(features))
+    few = FEW_LABELS if accumulator == torch.float64 else 1
+    block_k = min(max(triton.next_power_of_2(classes.num_classes), few), _most_classes(features))
     groups = max(1, DOT_ROWS // block_k)
     block_d = min(next_power_of_2(dim), entry.blocks["BLOCK_D"])
-    block_p = min(entry.blocks["BLOCK_P"], CLASS_PIXELS // (block_k * groups))
+    block_p = _pixels_of_tile(entry, block_k * groups)
     k_blocks, d_blocks = triton.cdiv(classes.num_classes, block_k), triton.cdiv(dim, block_d)
     programs = entry.blocks["PROGRAMS"] * processors(device) // (k_blocks * d_blocks)
     slots = max(1, min(batch * triton.cdiv(h * w, block_p), programs))
@@ -324,9 +330,10 @@ def _cells_backward(
     name = "class_sums_backward_cells_curved" if curved else "class_sums_backward_cells"
     entry = choose(name, features.device, features.dtype, dim)
     many = classes.num_classes > _most_classes(features)
-    block_k = 1 if many else triton.next_power_of_2(classes.num_classes)
+    few = FEW_LABELS if curved else 1
+    block_k = 1 if many else max(triton.next_power_of_2(classes.num_classes), few)
     groups = 1 if many else max(1, DOT_ROWS // block_k)
-    block_p = min(entry.blocks["BLOCK_P"], CLASS_PIXELS // max(DOT_ROWS, block_k * groups))
+    block_p = _pixels_of_tile(entry, max(DOT_ROWS, block_k * groups))
     upstream = (grad_sums, grad_sums if grad_squares is None else grad_squares)
     places = (*_grids(at, classes), dim, *classes[1:], *at.strides, *to.strides)
     launch(

@@ -2,8 +2,8 @@
 the half matrix, and one pass of the full matrix that writes the gradient once.
 
 For unit rows no wider than a tile it holds, beyond its inputs and the gradient, 16 bytes a pixel: norm, weight, sum and
-log D; in the backward a coefficient for the sum. Deterministic sums take 4 more, raw rows 5, and wider rows a float32
-buffer of the features' size.
+log D; in the backward a coefficient for the sum. Deterministic sums take 4 more, raw rows 5, wider rows a float32
+buffer of the features' size, and features of an odd grid or width a copy of themselves (``as_rows``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def intra_exact(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """sum_i a_i log D_i and log D (N,) of features (B, d, h, w) under labels (B, h, w), from w (K,) and a (K,)."""
-    rows, flat = as_rows(features), labels.contiguous().view(-1)
+    rows, flat = as_rows(features, wide_loads=True), labels.contiguous().view(-1)
     log_d = weights.new_empty(rows.number)
     forward(rows, PerRow(weights, flat, ignore_index), temperature, log_d, normalize=normalize)
     programs = triton.cdiv(rows.number, ELEMENTWISE)
@@ -63,7 +63,7 @@ def intra_exact_backward(
     gradient = torch.empty_like(features)
     out = as_rows(gradient)
     backward(
-        as_rows(features),
+        as_rows(features, wide_loads=True),
         PerRow(weights, flat, ignore_index),
         PerRow(anchors, flat, ignore_index),
         log_d,

@@ -61,6 +61,8 @@ COLDEST_SHIFT = tl.constexpr(20.0)
 # A6000 would work 65,536 rows in 3.05 waves.
 PROGRAMS_A_PROCESSOR = 32
 LARGEST_TILE = 1024  # of rows or channels
+MOST_ROWS = 128  # of a tile of the pairwise kernels
+WIDTH_MULTIPLE = 16  # what Triton specialises a stride on
 ELEMENTWISE = 1024  # numbers a program of the kernels which take one number a row
 
 # How a tile of rows finds its pixels: all rows at one stride; a tile within one image; or a division a row.
@@ -137,8 +139,13 @@ class Symmetric(NamedTuple):
     flag: Tensor  # (1,) int32: not 0 where the general kernels are to do the work
 
 
-def as_rows(features: Tensor) -> Rows:
-    """Features (B, d, h, w), or rows (N, d), as :class:`Rows`."""
+def as_rows(features: Tensor, *, wide_loads: bool = False) -> Rows:
+    """Features (B, d, h, w), or rows (N, d), as :class:`Rows`.
+
+    Args:
+        wide_loads: copy features of which 16 bytes cannot be loaded at once (an odd grid or width, a crop) to rows that
+            start at multiples of 16: element by element a tile's addresses alone would fill the registers.
+    """
     if features.dim() == 2:
         features = features.T[None, :, None]
     batch, dim, height, width = features.shape
@@ -146,16 +153,21 @@ def as_rows(features: Tensor) -> Rows:
     pixels = height * width
     if batch == 1 or stride_b == pixels * stride_p:
         pixels, stride_b = batch * pixels, 0
-    return Rows(features, batch * height * width, dim, pixels, stride_b, stride_d, stride_p)
+    rows = Rows(features, batch * height * width, dim, pixels, stride_b, stride_d, stride_p)
+    if not wide_loads or rows.number == 0 or _loads_are_wide(rows):
+        return rows
+    padded = features.new_empty((rows.number, triton.cdiv(dim, WIDTH_MULTIPLE) * WIDTH_MULTIPLE))
+    padded.view(batch, height, width, -1)[..., :dim].copy_(features.permute(0, 2, 3, 1))
+    return Rows(padded, rows.number, dim, rows.number, 0, 1, padded.shape[1])
 
 
 def pair_logsumexp(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float) -> Tensor:
     """log D (N,) of anchors (N, d) against keys (M, d), or against themselves, under weights (M,)."""
-    own, per_key = as_rows(anchors), PerRow(weights.contiguous())
+    own, per_key = as_rows(anchors, wide_loads=True), PerRow(weights.contiguous())
     inverse_temperature = inverse(temperature, own)
     log_d = torch.empty(own.number, dtype=own.accumulator, device=anchors.device)
     if keys is not None:
-        general_forward(own, as_rows(keys), per_key, inverse_temperature, log_d)
+        general_forward(own, as_rows(keys, wide_loads=True), per_key, inverse_temperature, log_d)
     elif own.number > 0:
         shape = symmetric(own, per_key, inverse_temperature, normalize=False)
         symmetric_forward(shape, log_d)
@@ -167,12 +179,13 @@ def pair_logsumexp_backward(
     grad: Tensor, log_d: Tensor, anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of anchors (N, d) and keys (M, d), the latter empty where the anchors are their own keys."""
-    own, per_key, coefficients = as_rows(anchors), PerRow(weights.contiguous()), PerRow(grad.contiguous())
+    own = as_rows(anchors, wide_loads=True)
+    per_key, coefficients = PerRow(weights.contiguous()), PerRow(grad.contiguous())
     grad_anchors = torch.empty_like(anchors)
     if keys is None:
         backward(own, per_key, coefficients, log_d, temperature, as_rows(grad_anchors), normalize=False)
         return grad_anchors, anchors.new_empty((0, anchors.shape[1]))
-    others, grad_keys = as_rows(keys), torch.empty_like(keys)
+    others, grad_keys = as_rows(keys, wide_loads=True), torch.empty_like(keys)
     settings = per_key, coefficients, log_d, inverse(temperature, own)
     general_backward(own, others, *settings, as_rows(grad_anchors), own_is_anchor=True)
     general_backward(others, own, *settings, as_rows(grad_keys), own_is_key=True)
@@ -530,6 +543,14 @@ def general_backward(
         warps=entry.warps,
         stages=entry.stages,
     )
+
+
+def _loads_are_wide(rows: Rows) -> bool:
+    """Whether Triton may load 16 bytes at a time: what it knows are strides that are multiples of 16, and addresses."""
+    strides = rows.stride_b, rows.stride_d, rows.stride_p
+    regular = all(stride % WIDTH_MULTIPLE == 0 for stride in strides if stride != 1) and 1 in strides[1:]
+    tiles_fit = rows.pixels == rows.number or rows.pixels % MOST_ROWS == 0
+    return regular and tiles_fit and rows.features.data_ptr() % 16 == 0
 
 
 @triton.jit

@@ -328,13 +328,22 @@ TABLE["pair_forward"] = (
         reason="wider tiles spill in the loop; 56 programs for 1,792 anchors",
     ),
     Entry(
-        EVERY,
+        _LARGE,
         ("float64",),
         1024,
         {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 32},
         warps=4,
         stages=2,
-        reason="no spills with or without DMMA; 32 rows spill once in the loop on sm_90",
+        reason="32 rows spill once in the loop on sm_90",
+    ),
+    Entry(
+        _SMALL,
+        ("float64",),
+        1024,
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 32},
+        warps=4,
+        stages=1,
+        reason="no DMMA: a second stage spills in the loop",
     ),
 )
 TABLE["pair_backward"] = (
@@ -482,8 +491,8 @@ TABLE["sample_pixels_candidates"] = (
     ),
 )
 
-# class_sums. PROGRAMS a multiprocessor walk over the tiles: as many as are resident, so that all end together. Registers
-# and instructions are the compiler's, at d = 64, K = 7; no entry is timed.
+# class_sums. PROGRAMS a multiprocessor walk over the tiles: as many as are resident, so that all end together. The
+# registers and instructions are the compiler's, at d = 64, K = 7; no entry is timed.
 TABLE["class_sums_same_grid"] = (
     Entry(
         _LARGE,
@@ -581,8 +590,8 @@ TABLE["class_sums_norms"] = (
         {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 24},
         warps=4,
         stages=1,
-        reason="8 numbers a thread from each of four cells, on 48 to 96 registers: 20 warps and more hide the loads, and "
-        "64 channels would spill where rows are not aligned; three waves or more, whatever is resident",
+        reason="8 numbers a thread from each of four cells, on 48 to 96 registers: 20 warps or more hide the loads; 64 "
+        "channels would spill where rows are not aligned; three waves or more, whatever is resident",
     ),
     Entry(
         EVERY,
@@ -711,6 +720,7 @@ TABLE["gather_rows_add"] = (
         {"BLOCK_D": 128},
         warps=1,
         stages=1,
-        reason="a program an entry, most of which end at once or add two or three rows: one warp, four channels a thread",
+        reason="a program an entry, most of which end at once or add two or three rows: one warp, four channels a "
+        "thread",
     ),
 )

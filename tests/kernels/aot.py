@@ -85,9 +85,9 @@ def intra_exact(module: ModuleType, architecture: str, thorough: bool) -> Iterat
     channels_last = meta(grid, half, channels_last=True)
     yield from _intra_exact(module, channels_last, case="channels_last, deterministic", deterministic=True)
     yield from _intra_exact(module, meta((8, 100, 31, 33), half), case="odd grid")
-    yield from _intra_exact(module, meta((1, 64, 1, 4096), half), case="raw rows", normalize=False)
-    wide = meta((1, 1024, 1, 4096), half)
-    yield from _intra_exact(module, wide, case="raw rows", normalize=False, only=("pair_positive",))
+    for dim, only in ((64, ()), (1024, ("pair_positive",))):  # 2^31 numbers: offsets of 64 bits
+        large = meta((1, dim, 1, 2**31 // dim), half)
+        yield from _intra_exact(module, large, case="large, raw rows", normalize=False, only=only)
     yield from _intra_exact(module, meta(grid, torch.float16), only=PRODUCTS)
     products = PRODUCTS[:2]  # of the rows with themselves
     yield from _intra_exact(module, meta(grid, torch.float32), case="TF32", tf32=True, only=products)

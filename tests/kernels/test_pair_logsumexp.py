@@ -246,7 +246,39 @@ def test_how_tiles_find_their_pixels():
     assert rows.walk(128, 64) == kernels.WITHIN_IMAGE.value
     assert rows.wide
     assert not kernels.as_rows(features[:1, :512]).wide
-    assert kernels.as_rows(features[:, :, :1000, :1001]).walk(128) == kernels.ANYWHERE.value
+    crop = features[:2, :64, :10, :11]
+    assert kernels.as_rows(crop).walk(128) == kernels.ANYWHERE.value
+    assert kernels.as_rows(crop, wide_loads=True).walk(128) == kernels.ONE_STRIDE.value
+
+
+@pytest.mark.parametrize(
+    ("shape", "copied"),
+    [
+        ((2, 16, 8, 16), False),
+        ((1, 16, 1, 77), True),
+        ((1, 16, 1, 80), False),
+        ((2, 16, 8, 8), True),
+        ((2, 5, 8, 16), False),
+    ],
+)
+def test_only_what_cannot_be_loaded_at_once_is_copied(triton_device, small_tiles, shape, copied):
+    """NCHW; as channels_last the width alone counts."""
+    features = torch.randn(shape, dtype=torch.float64, device=triton_device)
+    for z, expected in (
+        (features, copied),
+        (features.contiguous(memory_format=torch.channels_last), shape[1] % 16 != 0),
+    ):
+        rows = kernels.as_rows(z, wide_loads=True)
+        assert (rows.features.data_ptr() != z.data_ptr()) == expected
+        weights = kernels.PerRow(torch.rand(rows.number, dtype=torch.float64, device=triton_device))
+        log_d = torch.empty(rows.number, dtype=torch.float64, device=triton_device)
+        kernels.forward(rows, weights, 1.0, log_d, normalize=True)
+        unit = reference.unit_rows(z.permute(0, 2, 3, 1).flatten(0, 2))
+        torch.testing.assert_close(log_d, reference.exact_log_d(unit, unit, weights.values, 1.0))
+
+
+def test_a_batch_of_large_images():
+    features = torch.empty((16, 1024, 1024, 1024), dtype=torch.bfloat16, device="meta")
     assert kernels.as_rows(features.to(memory_format=torch.channels_last)).walk(128) == kernels.ONE_STRIDE.value
 
 
