@@ -113,6 +113,11 @@ class _Place(NamedTuple):
         batch, _, h, w = self.features.shape
         return (batch == 1 or self.image == h * w * self.pixel) and batch * h * w <= INT32
 
+    @property
+    def loads_are_wide(self) -> bool:
+        """Whether 16 bytes may be loaded at once; else the addresses of a tile take many times the registers."""
+        return all(stride == 1 or stride % 16 == 0 for stride in self.strides) and 1 in self.strides[1:]
+
     def is_near(self, block_p: int, block_d: int) -> bool:
         """Whether 32 bits hold the offsets within a tile."""
         return block_p * self.pixel + block_d * self.channel <= INT32
@@ -139,9 +144,9 @@ def _accumulator(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def _most_classes(features: Tensor) -> int:
-    """Of a tile; numbers of 64 bits take twice the registers."""
-    return MOST_CLASSES // 2 if features.dtype == torch.float64 else MOST_CLASSES
+def _most_classes(features: Tensor, loads_are_wide: bool = True) -> int:
+    """Of a tile; numbers of 64 bits, and addresses of single numbers, take twice the registers."""
+    return MOST_CLASSES if loads_are_wide and features.dtype != torch.float64 else MOST_CLASSES // 2
 
 
 def _pixels_of_tile(entry: Entry, classes: int) -> int:
@@ -155,9 +160,9 @@ def _same_grid(at: _Place, classes: _Classes, normalize: bool, squares: bool) ->
     accumulator, device = _accumulator(features), features.device
     # Unit rows are float32 in the tile, whatever the features are.
     entry = choose("class_sums_same_grid", device, accumulator if normalize else features.dtype, dim)
-    block_k = min(next_power_of_2(classes.num_classes), _most_classes(features))
+    block_k = min(next_power_of_2(classes.num_classes), _most_classes(features, at.loads_are_wide))
     block_d = min(next_power_of_2(dim), entry.blocks["BLOCK_D"])
-    block_p = _pixels_of_tile(entry, block_k)
+    block_p = _pixels_of_tile(entry, block_k) if at.loads_are_wide else DOT_ROWS
     k_blocks, d_blocks = triton.cdiv(classes.num_classes, block_k), triton.cdiv(dim, block_d)
     resident = entry.blocks["PROGRAMS"] if block_k == DOT_ROWS else min(entry.blocks["PROGRAMS"], WIDE_PROGRAMS)
     slots = max(1, min(images * triton.cdiv(pixels, block_p), resident * processors(device) // (k_blocks * d_blocks)))
@@ -201,10 +206,10 @@ def _label_resolution(at: _Place, classes: _Classes, normalize: bool, squares: b
 
     entry = choose("class_sums_cells", device, features.dtype, dim)
     few = FEW_LABELS if accumulator == torch.float64 else 1
-    block_k = min(max(triton.next_power_of_2(classes.num_classes), few), _most_classes(features))
+    block_k = min(max(triton.next_power_of_2(classes.num_classes), few), _most_classes(features, at.loads_are_wide))
     groups = max(1, DOT_ROWS // block_k)
     block_d = min(next_power_of_2(dim), entry.blocks["BLOCK_D"])
-    block_p = _pixels_of_tile(entry, block_k * groups)
+    block_p = _pixels_of_tile(entry, block_k * groups) if at.loads_are_wide else DOT_ROWS
     k_blocks, d_blocks = triton.cdiv(classes.num_classes, block_k), triton.cdiv(dim, block_d)
     programs = entry.blocks["PROGRAMS"] * processors(device) // (k_blocks * d_blocks)
     slots = max(1, min(batch * triton.cdiv(h * w, block_p), programs))

@@ -125,15 +125,14 @@ def test_grids_and_layouts(triton_device, small_tiles, fresh, grids, normalize):
     assert_written(fresh)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dim", [1, 3, 16, 24, 65, 130])
-def test_widths(triton_device, small_tiles, fresh, dim, normalize):
+def test_widths(triton_device, small_tiles, fresh, dim):
     features = make_features(dim, (4, 3), device=triton_device)
-    check(features, make_indices(20, (7, 6), triton_device), (7, 6), normalize)
+    check(features, make_indices(20, (7, 6), triton_device), (7, 6), True)
     assert_written(fresh)
 
 
-@pytest.mark.parametrize("count", [1, 123, 252])
+@pytest.mark.parametrize("count", [1, 123])
 def test_table_entries(triton_device, fresh, count):
     features = make_features(70, (6, 5), "channels_last", triton_device)
     check(features, make_indices(count, (11, 9), triton_device), (11, 9), True)
