@@ -95,10 +95,12 @@ def test_shared_memory_fits(report, architecture):
     assert not too_large, lines(too_large)
 
 
-# Of what may not spill, two cases that do, once a loop; neither is a shape that networks have.
+# Of what may not spill, three cases that do, once a loop; none is what networks train with.
 KNOWN_SPILLS = {
     # one feature is loaded at a time, and 256 classes fill the registers
     ("sm_90", "class_sums_cells", "unit rows, channels_last, 31 to 124, bfloat16, d = 100, K = 256"): 1,
+    # float64 is there to check gradients
+    ("sm_100", "class_sums_backward_cells", "unit rows, 64 to 256, float64, d = 1024, K = 7, backward"): 1,
     # label places of 64 bits
     ("sm_90", "class_sums_backward_cells", "unit rows, 16384 to 65536, bfloat16, d = 64, K = 7, backward"): 1,
 }

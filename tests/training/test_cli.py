@@ -182,9 +182,10 @@ def test_a_run_that_moved_is_told_of_when_it_is_resumed(subcommand: str, run: Pa
 def test_a_backend_that_cannot_run_here_is_told_before_training(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("IN2NECT_BACKEND", "triton")
+    monkeypatch.setenv("IN2NECT_BACKEND", "cuda")
+    monkeypatch.setattr("in2nect.native.why_not", lambda backend: "the library is not built")
     assert main(fit(dataset, tmp_path / "run", 1)) == 2
-    assert "IN2NECT_BACKEND=triton" in capsys.readouterr().err
+    assert "IN2NECT_BACKEND=cuda" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
