@@ -4,7 +4,10 @@ The libraries lie beside this file. They speak torch's stable C interface alone 
 loaded with `torch.ops.load_library`. Importing this module loads nothing.
 """
 
+import contextlib
+import ctypes
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 _BUILD = "run `pip install --no-build-isolation -e .` in the checkout, or install a wheel"
@@ -52,3 +55,55 @@ def library(backend: str) -> Path:
     if backend not in _FILES:
         raise ValueError(f"backend is one of {', '.join(_FILES)}; got {backend!r}")
     return Path(__file__).with_name(_FILES[backend])
+
+
+CPU_CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # each with all before it
+
+
+def cpu_capability() -> str:
+    """Which build of the CPU operators runs: the best of CPU_CAPABILITIES that this CPU has, or the one that
+    IN2NECT_CPU_CAPABILITY names.
+
+    Raises RuntimeError where the operators are not available, or the variable names what the CPU has not.
+    """
+    load("cpp")
+    found = _capability_functions().in2nect_cpu_capability().decode()
+    if found not in CPU_CAPABILITIES:
+        raise RuntimeError(found)
+    return found
+
+
+@contextlib.contextmanager
+def use_cpu_capability(name: str) -> Iterator[None]:
+    """For tests and comparisons: the CPU operators of a lower capability than the CPU has.
+
+    Raises ValueError for one that the CPU has not.
+    """
+    load("cpp")
+    functions = _capability_functions()
+    refusal = functions.in2nect_set_cpu_capability(name.encode())
+    if refusal is not None:
+        raise ValueError(f"CPU capability {name!r}: {refusal.decode()}.")
+    try:
+        yield
+    finally:
+        functions.in2nect_set_cpu_capability(b"")
+
+
+def available_cpu_capabilities() -> list[str]:
+    """Those of CPU_CAPABILITIES that this CPU has; empty where the operators are not available."""
+    found = []
+    for name in CPU_CAPABILITIES if available("cpp") else ():
+        with contextlib.suppress(ValueError), use_cpu_capability(name):
+            found.append(name)
+    return found
+
+
+@functools.cache
+def _capability_functions() -> ctypes.CDLL:
+    """The library again, for the two functions of it that are not operators (csrc/cpu/capability.h)."""
+    functions = ctypes.CDLL(str(library("cpp")))
+    functions.in2nect_cpu_capability.restype = ctypes.c_char_p
+    functions.in2nect_set_cpu_capability.restype = ctypes.c_char_p
+    functions.in2nect_set_cpu_capability.argtypes = (ctypes.c_char_p,)
+    return functions

@@ -1,24 +1,13 @@
-// What the CPU and the CUDA operator `class_sums` share: the checked shape of a call, and errors that carry no path of
-// the machine that built the library. Host code only; costs nothing beside the tensors' own metadata.
+// What the CPU and the CUDA operator `class_sums` share: the checked shape of a call. Host code only; costs nothing
+// beside the tensors' own metadata.
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
+
+#include "tensors.h"
 
 namespace in2nect {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// A row no longer than this counts as zero: u = z / max(|z|, 1e-12), and its gradient is zero.
-constexpr double kZeroNorm = 1e-12;
 
 struct Shape {
   int64_t batch, channels, height, width;  // of the features, (B, d, h, w)
@@ -30,41 +19,12 @@ struct Shape {
   }
 };
 
-// bfloat16, float16 and float32 accumulate in float32, float64 in float64.
-template <typename T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <typename T>
-using Accumulator = typename AccumulatorOf<T>::type;
-
-inline ScalarType accumulator_type(ScalarType features) {
-  return features == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) {
-    return;
-  }
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
 inline Shape checked_shape(const Tensor& features, const Tensor& labels, int64_t num_classes) {
   require(features.dim() == 4, "class_sums: features must be (B, d, h, w), got ", features.dim(), " dimensions");
   require(labels.dim() == 3, "class_sums: labels must be (B, H, W), got ", labels.dim(), " dimensions");
   require(features.size(0) == labels.size(0), "class_sums: features hold ", features.size(0), " images and labels ",
           labels.size(0), "; pass one label image per feature image");
-  const ScalarType type = labels.scalar_type();
-  require(type == ScalarType::Byte || type == ScalarType::Int || type == ScalarType::Long,
-          "class_sums: labels must be uint8, int32 or int64, got ", torch::headeronly::toString(type),
-          "; convert them with labels.long()");
+  require_labels("class_sums", labels.scalar_type());
   require(num_classes >= 1 && num_classes <= INT32_MAX, "class_sums: num_classes must be at least 1, got ", num_classes);
   const Shape shape{features.size(0), features.size(1), features.size(2), features.size(3),
                     labels.size(1),   labels.size(2),   num_classes};
@@ -89,24 +49,6 @@ inline Shape checked_shape(const std::optional<Tensor>& grad_sums, const std::op
             "class_sums_backward: grad_squares must be (", classes, ",) ", torch::headeronly::toString(type));
   }
   return shape;
-}
-
-// Calls function(T{}) with the C++ type of `type`.
-template <typename Function>
-void dispatch_features(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::BFloat16:
-      return function(torch::headeronly::BFloat16{});
-    case ScalarType::Half:
-      return function(torch::headeronly::Half{});
-    default:
-      require(false, "class_sums: features must be float32, float64, bfloat16 or float16, got ",
-              torch::headeronly::toString(type));
-  }
 }
 
 }  // namespace in2nect

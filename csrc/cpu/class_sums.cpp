@@ -21,6 +21,7 @@
 
 #include "../common/class_sums.h"
 #include "interpolation.h"
+#include "views.h"
 
 namespace in2nect::cpu {
 namespace {
@@ -35,73 +36,6 @@ constexpr int64_t kMinTilePixels = 32, kMaxTilePixels = 512;
 constexpr int64_t kStripRows = 8;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrainElements = 32768;
-
-// ---- views ----------------------------------------------------------------------------------------------------------
-
-template <typename T>
-struct Features {
-  T* data;
-  int64_t image, channel, row, column;  // strides
-
-  T* at(int64_t b, int64_t y, int64_t x) const {
-    return data + b * image + y * row + x * column;
-  }
-  // Which of the two inner loops walks memory: over channels (channels_last) or over pixels (contiguous).
-  bool channels_inner() const {
-    return channel < column;
-  }
-};
-
-template <typename T>
-Features<const T> view(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-template <typename T>
-Features<T> mutable_view(const Tensor& t) {
-  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-constexpr int32_t kSkip = -1;
-
-class Labels {
- public:
-  Labels(const Tensor& labels, int64_t classes, int64_t ignore_index)
-      : data_(labels.const_data_ptr()),
-        type_(labels.scalar_type()),
-        image_(labels.stride(0)),
-        row_(labels.stride(1)),
-        column_(labels.stride(2)),
-        classes_(classes),
-        ignore_(ignore_index) {}
-
-  // The classes of `count` pixels from (b, y, x) on; kSkip for a pixel that belongs to none.
-  void read(int64_t b, int64_t y, int64_t x, int64_t count, int32_t* out) const {
-    const int64_t offset = b * image_ + y * row_ + x * column_;
-    switch (type_) {
-      case ScalarType::Byte:
-        return copy(static_cast<const uint8_t*>(data_) + offset, count, out);
-      case ScalarType::Int:
-        return copy(static_cast<const int32_t*>(data_) + offset, count, out);
-      default:
-        return copy(static_cast<const int64_t*>(data_) + offset, count, out);
-    }
-  }
-
- private:
-  template <typename L>
-  void copy(const L* labels, int64_t count, int32_t* out) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t label = static_cast<int64_t>(labels[i * column_]);
-      const bool valid = label >= 0 && label < classes_ && label != ignore_;
-      out[i] = valid ? static_cast<int32_t>(label) : kSkip;
-    }
-  }
-
-  const void* data_;
-  ScalarType type_;
-  int64_t image_, row_, column_, classes_, ignore_;
-};
 
 // Neighbouring pixels of one class. Label images are patches: long runs turn a scatter into plain sums.
 struct Run {
@@ -166,10 +100,6 @@ void axpy(A alpha, const A* x, A* y, int64_t count) {
 }
 
 // ---- fixed cuts of the work -----------------------------------------------------------------------------------------
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // A grid cut into row segments of at most `pixels` pixels: the unit of work.
 struct Segments {
@@ -911,7 +841,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sums(Tensor features, Tensor labels, in
   Tensor square_sums = torch::stable::new_zeros(features, {squares ? shape.classes : 0}, type);
   const Labels codes(labels, shape.classes, ignore_index);
   count_labels(codes, shape, static_cast<int64_t*>(counts.mutable_data_ptr()));
-  dispatch_features(features.scalar_type(), [&](auto element) {
+  dispatch_features("class_sums", features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     Totals totals(shape);
@@ -933,7 +863,7 @@ Tensor class_sums_backward(std::optional<Tensor> grad_sums, std::optional<Tensor
   const Shape shape = checked_shape(grad_sums, grad_squares, features, labels);
   Tensor gradient = torch::stable::empty_like(features);
   const Labels codes(labels, shape.classes, ignore_index);
-  dispatch_features(features.scalar_type(), [&](auto element) {
+  dispatch_features("class_sums", features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Upstream<Accumulator<T>> upstream(grad_sums, grad_squares, shape);
     const Features<const T> z = view<T>(features);

@@ -305,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sums(Tensor features, Tensor labels, in
   count_labels<<<blocks(pixels.total, int64_t{kThreads} * kRegisterTerms), kThreads, 0, stream>>>(
       codes, pixels, static_cast<unsigned long long*>(counts.mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  dispatch_features(features.scalar_type(), [&](auto element) {
+  dispatch_features("class_sums", features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     A* scales = data_or_null<A>(scale, normalize);
@@ -339,7 +339,7 @@ Tensor class_sums_backward(std::optional<Tensor> grad_sums, std::optional<Tensor
   }
   const Labels codes = view_labels(labels, shape.classes, ignore_index);
   const cudaStream_t stream = current_stream(features);
-  dispatch_features(features.scalar_type(), [&](auto element) {
+  dispatch_features("class_sums", features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     Upstream<A> upstream{};
