@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "class_sums.h"
+#include "intra_exact.h"
+#include "pair_logsumexp.h"
 
 STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
   library.def(
@@ -11,9 +13,23 @@ STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
   library.def(
       "class_sums_backward(Tensor? grad_sums, Tensor? grad_squares, Tensor features, Tensor labels, int ignore_index,"
       " bool normalize) -> Tensor");
+  library.def(
+      "intra_exact(Tensor features, Tensor labels, Tensor weights, Tensor anchors, int ignore_index, float temperature,"
+      " bool normalize) -> (Tensor total, Tensor log_d)");
+  library.def(
+      "intra_exact_backward(Tensor features, Tensor labels, Tensor log_d, Tensor weights, Tensor anchors,"
+      " Tensor positive, Tensor own, int ignore_index, float temperature, bool normalize) -> Tensor");
+  library.def("pair_logsumexp(Tensor anchors, Tensor? keys, Tensor weights, float temperature) -> Tensor");
+  library.def(
+      "pair_logsumexp_backward(Tensor grad, Tensor log_d, Tensor anchors, Tensor? keys, Tensor weights,"
+      " float temperature) -> (Tensor grad_anchors, Tensor grad_keys)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(in2nect_cpp, CPU, library) {
   library.impl("class_sums", TORCH_BOX(&in2nect::cpu::class_sums));
   library.impl("class_sums_backward", TORCH_BOX(&in2nect::cpu::class_sums_backward));
+  library.impl("intra_exact", TORCH_BOX(&in2nect::cpu::intra_exact));
+  library.impl("intra_exact_backward", TORCH_BOX(&in2nect::cpu::intra_exact_backward));
+  library.impl("pair_logsumexp", TORCH_BOX(&in2nect::cpu::pair_logsumexp));
+  library.impl("pair_logsumexp_backward", TORCH_BOX(&in2nect::cpu::pair_logsumexp_backward));
 }

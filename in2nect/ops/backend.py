@@ -149,6 +149,15 @@ def kernel(operator: str, name: str | None = None) -> Callable:
     return call
 
 
+def native_operator(backend: str, name: str) -> Callable:
+    """A compiled operator of csrc/, by backend ("cpp" or "cuda"), looked up when called."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(getattr(torch.ops, f"in2nect_{backend}"), name)(*arguments)
+
+    return call
+
+
 def _triton_why_not() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; on Linux, pip install triton"

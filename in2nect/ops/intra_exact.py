@@ -17,7 +17,7 @@ from torch import Tensor
 from in2nect import reference
 from in2nect.labels import as_grid, check_inputs, valid_mask
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, kernel, select
+from in2nect.ops.backend import implementation, kernel, native_operator, select
 from in2nect.ops.class_sums import check_unless_checked, through_normalization, to_features
 
 
@@ -205,5 +205,7 @@ def _rows(
     return raw, reference.unit_rows(raw) if normalize else raw, valid, torch.where(valid, flat, 0).long()
 
 
+for _name in ("intra_exact", "intra_exact_backward"):
+    implementation(_name, "cpp")(native_operator("cpp", _name))
 implementation("intra_exact", "triton")(kernel("intra_exact"))
 implementation("intra_exact_backward", "triton")(kernel("intra_exact", "intra_exact_backward"))

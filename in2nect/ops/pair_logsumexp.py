@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, kernel, select
+from in2nect.ops.backend import implementation, kernel, native_operator, select
 
 TILE_ELEMENTS = 2**22  # of one tile of similarities: 16 MiB in float32
 
@@ -144,5 +144,7 @@ def _tiles(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+for _name in ("pair_logsumexp", "pair_logsumexp_backward"):
+    implementation(_name, "cpp")(native_operator("cpp", _name))
 implementation("pair_logsumexp", "triton")(kernel("pair_logsumexp"))
 implementation("pair_logsumexp_backward", "triton")(kernel("pair_logsumexp", "pair_logsumexp_backward"))

@@ -1,0 +1,95 @@
+// log D of packed rows and its gradient, by tiles: the part that pair_logsumexp and intra_exact share.
+//
+//   log D_i = log sum_j w_j exp(u_i . u_j / tau)
+//
+// One set of N rows costs N^2/2 exponentials and 0.5 G forward, and as many with 1.5 G backward, G = 2 N^2 d: a pair of
+// blocks serves both. Blocks meet in the order of a tournament, so that threads add to the rows' own sums and gradients: no
+// copies for each thread, no atomic sums, and the same bits for any number of threads. Memory: the rows and their gradient in the accumulation type, and a tile of scratch a thread.
+#pragma once
+
+#include <cstdint>
+
+#include "buffer.h"
+#include "vector/pair_tiles.h"
+
+namespace in2nect::cpu {
+
+// Rows packed for the tiles, padded with rows that count for nothing.
+template <typename A>
+class PairSet {
+ public:
+  PairSet(int64_t count, int64_t depth);
+
+  // Where the caller writes u_i, `depth` numbers times scale(temperature), in double: the scale rounded to float32 would
+  // be another temperature. The rest of the row is 0.
+  A* row(int64_t i) const {
+    return rows_.data() + i * stride_;
+  }
+  static double scale(double temperature);
+
+  int64_t count() const {
+    return count_;
+  }
+  int64_t depth() const {
+    return depth_;
+  }
+
+ private:
+  template <typename>
+  friend class PairSums;
+
+  int64_t block_count() const {
+    return padded_ / block_;
+  }
+  Side<A> side(int64_t first) const;
+  TileShape shape(const PairSet& keys) const {
+    return {tile_, keys.tile_, depth_, stride_};
+  }
+
+  int64_t count_, depth_, stride_, tile_, block_, padded_;
+  Buffer<A> rows_, shift_, omega_, rho_, peak_, gradient_;
+  Buffer<double> sums_;
+};
+
+// log D of anchors over keys; of one set where `keys` is null.
+template <typename A>
+class PairSums {
+ public:
+  // `weights` are those of the keys, w_j >= 0. The rows must have been written.
+  PairSums(PairSet<A>& anchors, PairSet<A>* keys, const A* weights);
+
+  void log_d(A* out);
+  // Works out the gradients of sum_i a_i log D_i; times gradient_scale(temperature) they are with respect to u.
+  void differentiate(const A* a, const A* log_d);
+  static double gradient_scale(double temperature);
+  const A* gradient(int64_t anchor) const {
+    return anchors_.gradient_.data() + anchor * anchors_.stride_;
+  }
+  const A* key_gradient(int64_t key) const {
+    return keys().gradient_.data() + key * anchors_.stride_;
+  }
+
+ private:
+  enum class Way { kConstantShift, kRunningMaximum, kNoKey, kNotFinite };
+
+  PairSet<A>& keys() const {
+    return keys_ != nullptr ? *keys_ : anchors_;
+  }
+  Way choose(const A* weights);
+  template <typename Tile>
+  void for_each_tile(const Tile& tile);
+  template <typename Tile>
+  void meet(int64_t i, int64_t j, const TileShape& shape, const Tile& tile, A* scratch);
+
+  PairSet<A>& anchors_;
+  PairSet<A>* keys_;
+  Way way_ = Way::kNoKey;
+  double log2_scale_ = 0;  // of the keys' weights: omega_j = w_j 2^(shift_j - log2_scale)
+};
+
+extern template class PairSet<float>;
+extern template class PairSet<double>;
+extern template class PairSums<float>;
+extern template class PairSums<double>;
+
+}  // namespace in2nect::cpu
