@@ -1,9 +1,10 @@
 // Up to m pixels of each class, uniform without replacement, on the CPU: those with the smallest hash (../common/hash.h).
 //
-// The labels are read once, in place, whatever their strides. A pixel becomes a candidate of its class if its hash is
-// below the class's threshold, the m-th smallest hash so far; 2 m candidates are cut back to m, which lowers the
-// threshold. Of n pixels about m (1 + log(n / m)) ever are candidates, so the cost is O(N + K m log m), nearly all of it
-// the hash. Memory: at most 2 m candidates a class and chunk, and never more than there are pixels.
+// Hashes are uniform: of n_k pixels, those below (m + slack) / n_k of the hash's range are a few more than m, and the m
+// smallest are among them. So the labels are read twice, in place, whatever their strides: to count, and to collect the
+// pixels below their class's threshold, which are then sorted. A class that falls short (once in 50,000) is collected
+// again with a higher threshold. Cost O(N + K m log m), nearly all of it the hash; memory O(K m), and never more than
+// O(N) beside the result.
 //
 // Determinism: the m smallest are a set, so neither the cuts nor the threads can change it; equal hashes order by pixel.
 #include "sample_pixels.h"
@@ -11,19 +12,24 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <vector>
 
 #include "../common/hash.h"
 #include "../common/tensors.h"
+#include "vector/hash_pixels.h"
 
 namespace in2nect::cpu {
 namespace {
 
-// Pixels of which another chunk pays: some 30 us, beside the candidates that every chunk collects anew.
+// Pixels below which another chunk costs more than it saves: some 40 us of work.
 constexpr int64_t kChunkPixels = 32768;
-// Candidates beyond m before they are cut back, however small m is.
-constexpr int64_t kLeastSlack = 64;
+// Pixels of the result below which another thread costs more than it saves to sort: some 30 us of work.
+constexpr int64_t kRowGrain = 1024;
+// No hash reaches it: the threshold of a class of which every pixel is wanted.
+constexpr uint64_t kEveryHash = uint64_t{1} << 63;
+// How much a threshold grows for a class that fell short.
+constexpr uint64_t kGrowth = 4;
 
 struct Candidate {
   uint64_t hash;
@@ -34,12 +40,12 @@ struct Candidate {
   }
 };
 
-// Keeps the `wanted` smallest, in no order.
-void cut_back(std::vector<Candidate>& candidates, int64_t wanted) {
-  if (static_cast<int64_t>(candidates.size()) > wanted) {
-    std::nth_element(candidates.begin(), candidates.begin() + (wanted - 1), candidates.end());
-    candidates.resize(wanted);
-  }
+// The hash below which about m + 4 sqrt(m) + 8 of n pixels lie: four standard deviations above m, so that fewer than m
+// lie there once in 50,000.
+uint64_t first_threshold(int64_t m, int64_t n) {
+  const double expected = static_cast<double>(m) + 4 * std::sqrt(static_cast<double>(m)) + 8;
+  const double share = expected / static_cast<double>(std::max<int64_t>(n, 1));
+  return share < 1 ? static_cast<uint64_t>(share * static_cast<double>(kEveryHash)) : kEveryHash;
 }
 
 // Labels of any shape as lines of evenly spaced pixels in row-major order: one line where they are contiguous.
@@ -85,69 +91,134 @@ class LabelLines {
   std::vector<int64_t> sizes_, strides_;
 };
 
-// The candidates of one chunk, by class.
-class Draw {
+// Class of a label, and num_classes for one that is none; negative labels become huge.
+template <typename L>
+uint64_t slot(L label, uint64_t num_classes) {
+  return std::min(static_cast<uint64_t>(static_cast<int64_t>(label)), num_classes);
+}
+
+// What one chunk of the pixels holds; slot K is that of labels which are no class.
+class Chunk {
  public:
-  Draw(uint64_t stream, int64_t classes, int64_t wanted, int64_t ignore_index)
-      : stream_(stream),
-        wanted_(wanted),
-        limit_(wanted + std::max(wanted, kLeastSlack)),
-        thresholds_(classes + 1, std::numeric_limits<uint64_t>::max()),
-        candidates_(classes) {
-    thresholds_[classes] = 0;  // of labels that are no class: no hash is below it
-    if (ignore_index >= 0 && ignore_index < classes) {
-      thresholds_[ignore_index] = 0;
+  explicit Chunk(int64_t classes) : classes_(classes), counts_(kWays * (classes + 1)), candidates_(classes) {}
+
+  template <typename L>
+  void count_line(const L* labels, int64_t stride, int64_t count) {
+    int64_t i = 0;
+    for (; i + kWays <= count; i += kWays) {
+      for (int64_t way = 0; way < kWays; ++way) {
+        ++counts_[slot(labels[(i + way) * stride], classes_) * kWays + way];
+      }
+    }
+    for (; i < count; ++i) {
+      ++counts_[slot(labels[i * stride], classes_) * kWays];
     }
   }
 
   template <typename L>
-  void add_line(const L* labels, int64_t stride, int64_t pixel, int64_t count) {
-    const uint64_t none = candidates_.size();
-    for (int64_t i = 0; i < count; ++i) {
-      // negative labels become huge
-      const uint64_t k = std::min(static_cast<uint64_t>(static_cast<int64_t>(labels[i * stride])), none);
-      const uint64_t hash = hash_pixel(stream_, pixel + i);
-      if (hash < thresholds_[k]) {
-        add(k, {hash, pixel + i});
+  void collect_line(uint64_t stream, const std::vector<uint64_t>& thresholds, const L* labels, int64_t stride,
+                    int64_t pixel, int64_t count) {
+    HashPixels* const hash_pixels = best_hash_pixels();
+    uint64_t hashes[kBlock];
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      const int64_t size = std::min(kBlock, count - begin);
+      hash_pixels(stream, pixel + begin, size, hashes);
+      for (int64_t i = 0; i < size; ++i) {
+        const uint64_t k = slot(labels[(begin + i) * stride], classes_);
+        if (hashes[i] < thresholds[k]) {
+          candidates_[k].push_back({hashes[i], pixel + begin + i});
+        }
       }
     }
   }
 
-  std::vector<Candidate>& of_class(int64_t k) {
+  int64_t count(int64_t k) const {
+    int64_t total = 0;
+    for (int64_t way = 0; way < kWays; ++way) {
+      total += counts_[k * kWays + way];
+    }
+    return total;
+  }
+  std::vector<Candidate>& candidates(int64_t k) {
     return candidates_[k];
   }
 
  private:
-  // Pixels come in ascending order: of equal hashes the first stays, as `<` in add_line has it.
-  void add(uint64_t k, const Candidate& candidate) {
-    std::vector<Candidate>& own = candidates_[k];
-    own.push_back(candidate);
-    if (static_cast<int64_t>(own.size()) == limit_) {
-      cut_back(own, wanted_);
-      thresholds_[k] = own.back().hash;
-    }
-  }
-
-  uint64_t stream_;
-  int64_t wanted_, limit_;
-  std::vector<uint64_t> thresholds_;
+  // Counters a class: neighbours are mostly of one class, and would wait for each other's sum.
+  static constexpr int64_t kWays = 4;
+  // Pixels hashed at once: their hashes stay in a first-level cache.
+  static constexpr int64_t kBlock = 512;
+  uint64_t classes_;
+  std::vector<int64_t> counts_;
   std::vector<std::vector<Candidate>> candidates_;
 };
 
-// One class's candidates of all chunks, sorted into its row.
-void merge(std::vector<Draw>& draws, int64_t k, int64_t wanted, int64_t per_class, int64_t* row) {
-  std::vector<Candidate> all = std::move(draws.front().of_class(k));
-  for (size_t i = 1; i < draws.size(); ++i) {
-    const std::vector<Candidate>& more = draws[i].of_class(k);
-    all.insert(all.end(), more.begin(), more.end());
+// The `wanted` smallest of one class's candidates into its row of m pixels, then -1; false where there are fewer yet.
+bool fill_row(std::vector<Chunk>& chunks, int64_t k, int64_t wanted, int64_t per_class, int64_t* row) {
+  std::vector<Candidate> all;
+  for (Chunk& chunk : chunks) {
+    std::vector<Candidate>& own = chunk.candidates(k);
+    all.insert(all.end(), own.begin(), own.end());
+    own.clear();
   }
-  cut_back(all, wanted);
+  if (static_cast<int64_t>(all.size()) < wanted) {
+    return false;
+  }
   std::sort(all.begin(), all.end());
-  for (const Candidate& candidate : all) {
-    *row++ = candidate.pixel;
-    --per_class;
+  for (int64_t i = 0; i < wanted; ++i) {
+    row[i] = all[i].pixel;
   }
-  std::fill_n(row, per_class, int64_t{-1});
+  std::fill(row + wanted, row + per_class, int64_t{-1});
+  return true;
+}
+
+// Draws from labels of one type; rows is (K, m).
+template <typename L>
+void draw(const L* labels, const LabelLines& lines, int64_t pixels, int64_t classes, int64_t per_class, uint64_t stream,
+          int64_t ignore_index, int64_t* rows) {
+  // A chunk keeps a list a class: with more chunks than pixels / classes the lists would outgrow the labels.
+  const int64_t most = torch::stable::get_num_threads();
+  const int64_t cuts = std::clamp<int64_t>(pixels / std::max(kChunkPixels, classes), 1, most);
+  std::vector<Chunk> chunks(cuts, Chunk(classes));
+  const auto for_each_line = [&](const auto& body) {
+    torch::stable::parallel_for(0, cuts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t cut = first; cut < last; ++cut) {
+        lines.for_each(cut * pixels / cuts, (cut + 1) * pixels / cuts,
+                       [&](int64_t pixel, int64_t offset, int64_t stride, int64_t count) {
+                         body(chunks[cut], labels + offset, stride, pixel, count);
+                       });
+      }
+    });
+  };
+  for_each_line([](Chunk& chunk, const L* line, int64_t stride, int64_t, int64_t count) {
+    chunk.count_line(line, stride, count);
+  });
+
+  std::vector<int64_t> wanted(classes);
+  std::vector<uint64_t> thresholds(classes + 1);  // 0, below which no hash is, once a class has its row
+  std::vector<char> missing(classes, 1);
+  for (int64_t k = 0; k < classes; ++k) {
+    int64_t n = 0;
+    for (const Chunk& chunk : chunks) {
+      n += k == ignore_index ? 0 : chunk.count(k);
+    }
+    wanted[k] = std::min(per_class, n);
+    thresholds[k] = n > 0 ? first_threshold(wanted[k], n) : 0;
+  }
+  const int64_t grain = std::max<int64_t>(1, kRowGrain / std::min(per_class, std::max<int64_t>(pixels, 1)));
+  while (std::any_of(missing.begin(), missing.end(), [](char is_missing) { return is_missing; })) {
+    for_each_line([&](Chunk& chunk, const L* line, int64_t stride, int64_t pixel, int64_t count) {
+      chunk.collect_line(stream, thresholds, line, stride, pixel, count);
+    });
+    torch::stable::parallel_for(0, classes, grain, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        if (missing[k]) {
+          missing[k] = !fill_row(chunks, k, wanted[k], per_class, rows + k * per_class);
+          thresholds[k] = missing[k] ? std::min(thresholds[k], kEveryHash / kGrowth) * kGrowth : 0;
+        }
+      }
+    });
+  }
 }
 
 }  // namespace
@@ -162,40 +233,21 @@ Tensor sample_pixels(Tensor labels, int64_t num_classes, int64_t per_class, Tens
   const int64_t* values = static_cast<const int64_t*>(seed.const_data_ptr());
   const uint64_t stream = hash_stream(values[0], values[seed.stride(0)]);
   Tensor drawn = torch::stable::new_empty(labels, {num_classes, per_class}, ScalarType::Long);
-  const int64_t pixels = labels.numel();
-  const int64_t wanted = std::min(per_class, std::max<int64_t>(pixels, 1));
-  // a chunk keeps a list a class: with more chunks than pixels / classes the lists would outgrow the labels
-  const int64_t chunks = std::clamp<int64_t>(pixels / std::max(kChunkPixels, num_classes), 1,
-                                             torch::stable::get_num_threads());
-  std::vector<Draw> draws(chunks, Draw(stream, num_classes, wanted, ignore_index));
   const LabelLines lines(labels);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const auto scan = [&](const auto* data) {
-        lines.for_each(chunk * pixels / chunks, (chunk + 1) * pixels / chunks,
-                       [&](int64_t pixel, int64_t offset, int64_t stride, int64_t count) {
-                         draws[chunk].add_line(data + offset, stride, pixel, count);
-                       });
-      };
-      switch (labels.scalar_type()) {
-        case ScalarType::Byte:
-          scan(static_cast<const uint8_t*>(labels.const_data_ptr()));
-          break;
-        case ScalarType::Int:
-          scan(static_cast<const int32_t*>(labels.const_data_ptr()));
-          break;
-        default:
-          scan(static_cast<const int64_t*>(labels.const_data_ptr()));
-      }
-    }
-  });
-  int64_t* rows = static_cast<int64_t*>(drawn.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, 1024 / wanted);
-  torch::stable::parallel_for(0, num_classes, grain, [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      merge(draws, k, wanted, per_class, rows + k * per_class);
-    }
-  });
+  const auto draw_from = [&](const auto* data) {
+    draw(data, lines, labels.numel(), num_classes, per_class, stream, ignore_index,
+         static_cast<int64_t*>(drawn.mutable_data_ptr()));
+  };
+  switch (labels.scalar_type()) {
+    case ScalarType::Byte:
+      draw_from(static_cast<const uint8_t*>(labels.const_data_ptr()));
+      break;
+    case ScalarType::Int:
+      draw_from(static_cast<const int32_t*>(labels.const_data_ptr()));
+      break;
+    default:
+      draw_from(static_cast<const int64_t*>(labels.const_data_ptr()));
+  }
   return drawn;
 }
 
