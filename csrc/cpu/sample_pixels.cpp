@@ -1,7 +1,7 @@
 // Up to m pixels of each class, uniform without replacement, on the CPU: those with the smallest hash (../common/hash.h).
 //
 // Hashes are uniform: of n_k pixels, those below (m + slack) / n_k of the hash's range are a few more than m, and the m
-// smallest are among them. So the labels are read twice, in place, whatever their strides: to count, and to collect the
+// smallest are among them. So the labels are read twice, in place, whatever their strides: to count, and to collect
 // pixels below their class's threshold, which are then sorted. A class that falls short (once in 50,000) is collected
 // again with a higher threshold. Cost O(N + K m log m), nearly all of it the hash; memory O(K m), and never more than
 // O(N) beside the result.
@@ -114,8 +114,9 @@ class Chunk {
     }
   }
 
-  // Hash and comparison in one scalar loop: hashed apart, eight at a time by AVX-512, it would take three quarters of the
-  // time, but by AVX2 and SSE2, which have no 64-bit product, more.
+  // Every pixel is hashed, also one of no class: a branch would cost more. Hash and comparison are one scalar loop: hashed
+  // apart, eight at a time by AVX-512, they would take three quarters of the time, but by SSE2, which has no 64-bit
+  // product, half as much again.
   template <typename L>
   void collect_line(uint64_t stream, const std::vector<uint64_t>& thresholds, const L* labels, int64_t stride,
                     int64_t pixel, int64_t count) {

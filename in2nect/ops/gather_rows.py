@@ -152,9 +152,7 @@ def _cpp(features: Tensor, indices: Tensor, height: int, width: int, normalize: 
 
 
 @implementation("gather_rows_backward", "cpp")
-def _cpp_backward(
-    grad: Tensor, features: Tensor, indices: Tensor, height: int, width: int, normalize: bool
-) -> Tensor:
+def _cpp_backward(grad: Tensor, features: Tensor, indices: Tensor, height: int, width: int, normalize: bool) -> Tensor:
     return torch.ops.in2nect_cpp.gather_rows_backward(grad, features, indices, height, width, normalize)
 
 

@@ -1,7 +1,7 @@
 """``in2nect::sample_pixels``: up to m pixels a class, uniform without replacement, for the ``sampled`` estimator.
 
 A class keeps its pixels with the smallest hash(seed, step, pixel index): no random state, no host synchronisation, the
-same pixels on every device, and samples of parts of a batch merge. cpp reads the labels once, O(N); the reference sorts.
+same pixels on every device, and samples of parts of a batch merge. The reference sorts, O(N log N); cpp is O(N).
 """
 
 from __future__ import annotations
