@@ -2,7 +2,7 @@
 //
 //   hash(seed, step, i) = mix(stream + g (i + 1)) >> 1,   stream = mix(seed + g (step + 1)),
 //
-// g and mix those of SplitMix64 (Steele, Lea, Flood 2014). Modulo 2^64 throughout: negative seeds are as good as others.
+// g and mix those of SplitMix64 (Steele, Lea, Flood 2014). All modulo 2^64: negative seeds are as good as others.
 #pragma once
 
 #include <cstdint>

@@ -225,8 +225,8 @@ struct Units {
   }
 };
 
-// What the rows add to the cells: entry m C + j is corner j of row m, with C corners a row at most. Ordered by unit, and
-// within a unit as they are numbered.
+// What the rows add to the cells: entry m C + j is corner j of row m, with C corners a row at most. Ordered by unit, in
+// a unit as they are numbered.
 template <typename A>
 class Entries {
  public:
@@ -396,7 +396,8 @@ Shape checked_shape(const char* name, const Tensor& features, const Tensor& indi
   require(indices.dim() == 1 && indices.scalar_type() == ScalarType::Long, name,
           ": indices must be (M,) int64, got ", indices.dim(), " dimensions of ",
           torch::headeronly::toString(indices.scalar_type()));
-  require(height >= 0 && width >= 0, name, ": the grid of the indices must not be negative, got ", height, " x ", width);
+  require(height >= 0 && width >= 0, name, ": the grid of the indices must not be negative, got ", height, " x ",
+          width);
   return {features.size(0), features.size(1), features.size(2), features.size(3), height, width, indices.size(0)};
 }
 

@@ -1,4 +1,4 @@
-// Up to m pixels of each class, uniform without replacement, on the CPU: those with the smallest hash (../common/hash.h).
+// Up to m pixels of each class, uniform without replacement, on the CPU: those of smallest hash (../common/hash.h).
 //
 // Hashes are uniform: of n_k pixels, those below (m + slack) / n_k of the hash's range are a few more than m, and the m
 // smallest are among them. So the labels are read twice, in place, whatever their strides: to count, and to collect
@@ -6,7 +6,7 @@
 // again with a higher threshold. Cost O(N + K m log m), nearly all of it the hash; memory O(K m), and never more than
 // O(N) beside the result.
 //
-// Determinism: the m smallest are a set, so neither the cuts nor the threads can change it; equal hashes order by pixel.
+// Determinism: the m smallest are a set, so neither cuts nor threads can change it; equal hashes order by pixel.
 #include "sample_pixels.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -114,8 +114,8 @@ class Chunk {
     }
   }
 
-  // Every pixel is hashed, also one of no class: a branch would cost more. Hash and comparison are one scalar loop: hashed
-  // apart, eight at a time by AVX-512, they would take three quarters of the time, but by SSE2, which has no 64-bit
+  // Every pixel is hashed, also one of no class: a branch would cost more. Hash and comparison are one scalar loop:
+  // hashed apart, eight at a time by AVX-512, they take three quarters of the time, but by SSE2, which has no 64-bit
   // product, half as much again.
   template <typename L>
   void collect_line(uint64_t stream, const std::vector<uint64_t>& thresholds, const L* labels, int64_t stride,
