@@ -1,10 +1,12 @@
-// Registers the CPU operators as torch.ops.in2nect_cpp.*; the autograd formula and the fake implementation belong to
-// in2nect::class_sums, in Python, which calls these.
+// Registers the CPU operators as torch.ops.in2nect_cpp.*; the autograd formulas and the fake implementations belong to
+// the operators of the same names in in2nect::, in Python, which call these.
 #include <torch/csrc/stable/library.h>
 
 #include "class_sums.h"
+#include "gather_rows.h"
 #include "intra_exact.h"
 #include "pair_logsumexp.h"
+#include "sample_pixels.h"
 
 STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
   library.def(
@@ -23,6 +25,11 @@ STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
   library.def(
       "pair_logsumexp_backward(Tensor grad, Tensor log_d, Tensor anchors, Tensor? keys, Tensor weights,"
       " float temperature) -> (Tensor grad_anchors, Tensor grad_keys)");
+  library.def("gather_rows(Tensor features, Tensor indices, int height, int width, bool normalize) -> Tensor");
+  library.def(
+      "gather_rows_backward(Tensor grad, Tensor features, Tensor indices, int height, int width, bool normalize)"
+      " -> Tensor");
+  library.def("sample_pixels(Tensor labels, int num_classes, int per_class, Tensor seed, int ignore_index) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(in2nect_cpp, CPU, library) {
@@ -32,4 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(in2nect_cpp, CPU, library) {
   library.impl("intra_exact_backward", TORCH_BOX(&in2nect::cpu::intra_exact_backward));
   library.impl("pair_logsumexp", TORCH_BOX(&in2nect::cpu::pair_logsumexp));
   library.impl("pair_logsumexp_backward", TORCH_BOX(&in2nect::cpu::pair_logsumexp_backward));
+  library.impl("gather_rows", TORCH_BOX(&in2nect::cpu::gather_rows));
+  library.impl("gather_rows_backward", TORCH_BOX(&in2nect::cpu::gather_rows_backward));
+  library.impl("sample_pixels", TORCH_BOX(&in2nect::cpu::sample_pixels));
 }

@@ -2,6 +2,8 @@
 resolution.
 
 The rows of the ``sampled`` estimator: the upsampled features exist at the drawn pixels only. Once differentiable.
+Deterministic: cpp and triton always, for any number of threads; the reference under
+torch.use_deterministic_algorithms.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def gather_rows(features: Tensor, indices: Tensor, height: int, width: int, *, n
 
     Raises:
         ValueError: shapes.
+        RuntimeError: an index outside the grid, on cpp.
     """
     if features.dim() != 4 or indices.dim() != 1 or indices.dtype != torch.int64:
         raise ValueError(
@@ -141,6 +144,16 @@ def _neighbours(pixel: Tensor, cells: int, pixels: int, dtype: torch.dtype) -> t
     position = ((pixel.double() + 0.5) * (cells / pixels) - 0.5).clamp(min=0)  # float32 loses pixels from 2^23 on
     lower = position.long().clamp(max=cells - 1)
     return lower, (lower + 1).clamp(max=cells - 1), (position - lower).to(dtype)
+
+
+@implementation("gather_rows", "cpp")
+def _cpp(features: Tensor, indices: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+    return torch.ops.in2nect_cpp.gather_rows(features, indices, height, width, normalize)
+
+
+@implementation("gather_rows_backward", "cpp")
+def _cpp_backward(grad: Tensor, features: Tensor, indices: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+    return torch.ops.in2nect_cpp.gather_rows_backward(grad, features, indices, height, width, normalize)
 
 
 implementation("gather_rows", "triton")(kernel("gather_rows"))

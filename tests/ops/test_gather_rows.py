@@ -14,7 +14,7 @@ module = importlib.import_module("in2nect.ops.gather_rows")  # its name in the p
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("size", [(5, 4), (10, 8), (17, 9), (3, 2)])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_is_the_upsampled_row(size, layout, normalize):
+def test_is_the_upsampled_row(cpu_backend, size, layout, normalize):
     features, _ = clustered(3, 6, layout=layout)
     features.requires_grad_()
     indices = torch.randint(0, 2 * size[0] * size[1], (50,))  # some pixels twice
@@ -29,7 +29,7 @@ def test_is_the_upsampled_row(size, layout, normalize):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_gradcheck_and_opcheck(normalize):
+def test_gradcheck_and_opcheck(cpu_backend, normalize):
     features, _ = clustered(3, 4, features=(3, 3))
     features.requires_grad_()
     indices = torch.tensor([0, 5, 5, -1, 71, 30])
@@ -39,7 +39,7 @@ def test_gradcheck_and_opcheck(normalize):
     opcheck(torch.ops.in2nect.gather_rows_backward, (grad, features.detach(), indices, 6, 6, normalize))
 
 
-def test_large_grids_keep_their_pixels():
+def test_large_grids_keep_their_pixels(cpu_backend):
     """Beyond 2^23 pixels along an axis a position no longer fits into float32."""
     pixel = torch.tensor([2**23 + 1, 2**24 + 1])
     lower, _, weight = module._neighbours(pixel, 2**25, 2**25, torch.float32)
@@ -49,14 +49,14 @@ def test_large_grids_keep_their_pixels():
     assert ops.gather_rows(rows, pixel[:1], 1, 2**23 + 8).tolist() == [[2.0**23 + 1]]
 
 
-def test_no_index():
+def test_no_index(cpu_backend):
     features = torch.randn(1, 4, 3, 3, requires_grad=True)
     rows = ops.gather_rows(features, torch.empty(0, dtype=torch.int64), 6, 6)
     assert rows.shape == (0, 4)
     assert not torch.autograd.grad(rows.sum(), features)[0].any()
 
 
-def test_low_precision_accumulates_in_float32():
+def test_low_precision_accumulates_in_float32(cpu_backend):
     features = torch.randn(1, 4, 3, 3, dtype=torch.bfloat16, requires_grad=True)
     rows = ops.gather_rows(features, torch.arange(36), 6, 6)
     assert rows.dtype == torch.float32

@@ -18,7 +18,7 @@ def test_hash_is_the_references(values):
 
 @pytest.mark.parametrize("per_class", [1, 7, 500])
 @pytest.mark.parametrize("shape", [(2, 13, 11), (300,), (0,)])
-def test_is_the_reference(shape, per_class):
+def test_is_the_reference(cpu_backend, shape, per_class):
     labels = torch.randint(0, 6, shape)
     labels[labels == 3] = 255  # class 3 is absent
     drawn = ops.sample_pixels(labels, 6, per_class, seed())
@@ -28,7 +28,7 @@ def test_is_the_reference(shape, per_class):
         assert (row[len(expected) :] == -1).all()
 
 
-def test_draws_the_class_without_replacement():
+def test_draws_the_class_without_replacement(cpu_backend):
     labels = torch.randint(0, 4, (40, 50))
     drawn = ops.sample_pixels(labels, 4, 64, seed())
     for k, row in enumerate(drawn):
@@ -36,7 +36,7 @@ def test_draws_the_class_without_replacement():
         assert len(row.unique()) == 64
 
 
-def test_uniform():
+def test_uniform(cpu_backend):
     """Chi-square over 40 pixels in 2,000 draws of 4: beyond its 99.99 % quantile for 39 degrees once in 10^4 seeds."""
     labels = torch.zeros(40, dtype=torch.uint8)
     hits = torch.zeros(40)
@@ -47,7 +47,7 @@ def test_uniform():
     assert 12.0 < chi_square < 81.0
 
 
-def test_opcheck():
+def test_opcheck(cpu_backend):
     labels = torch.randint(0, 4, (2, 6, 5))
     opcheck(torch.ops.in2nect.sample_pixels, (labels, 4, 3, seed(), 255))
 

@@ -46,28 +46,6 @@ IN2NECT_INLINE void multiply(const A* a, int64_t row, int64_t step, const A* b, 
   }
 }
 
-// A square of vectors transposed: each stage exchanges the off-diagonal halves of ever smaller squares.
-template <typename A>
-IN2NECT_INLINE void transpose(Vec<A> (&square)[kLanes<A>]) {
-  constexpr int kSide = kLanes<A>;
-#pragma GCC unroll 4
-  for (int half = kSide / 2; half > 0; half /= 2) {
-    typename VectorOf<A>::Bits low, high;
-    for (int c = 0; c < kSide; ++c) {
-      low[c] = (c & half) != 0 ? kSide + c - half : c;
-      high[c] = (c & half) != 0 ? kSide + c : c + half;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kSide; ++r) {
-      if ((r & half) == 0) {
-        const Vec<A> a = square[r], b = square[r + half];
-        square[r] = __builtin_shuffle(a, b, low);
-        square[r + half] = __builtin_shuffle(a, b, high);
-      }
-    }
-  }
-}
-
 // panel[k][c] = rows[c][k] for kPanel rows; strides are multiples of the vector, so k may run beyond the depth.
 template <typename A>
 void fill_panel(const A* rows, const TileShape& shape, A* panel) {
@@ -115,18 +93,6 @@ IN2NECT_INLINE void for_each_register_tile(const Side<A>& i, const Side<A>& j, c
       body(row, column, x);
     }
   }
-}
-
-template <typename A>
-void clear(A* numbers, int64_t count) {
-  for (int64_t n = 0; n < count; ++n) {
-    numbers[n] = 0;
-  }
-}
-
-template <typename A>
-IN2NECT_INLINE void add(A* to, Vec<A> v) {
-  store(to, load(to) + v);
 }
 
 // Sums of a tile into the rows' and, of one set, the columns' totals; `term` gives what row r, column c adds to the row

@@ -76,6 +76,40 @@ IN2NECT_INLINE A horizontal_max(Vec<A> v) {
 }
 
 template <typename A>
+IN2NECT_INLINE void clear(A* numbers, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) {
+    numbers[n] = 0;
+  }
+}
+
+template <typename A>
+IN2NECT_INLINE void add(A* to, Vec<A> v) {
+  store(to, load(to) + v);
+}
+
+// A square of vectors transposed: each stage exchanges the off-diagonal halves of ever smaller squares.
+template <typename A>
+IN2NECT_INLINE void transpose(Vec<A> (&square)[kLanes<A>]) {
+  constexpr int kSide = kLanes<A>;
+#pragma GCC unroll 4
+  for (int half = kSide / 2; half > 0; half /= 2) {
+    typename VectorOf<A>::Bits low, high;
+    for (int c = 0; c < kSide; ++c) {
+      low[c] = (c & half) != 0 ? kSide + c - half : c;
+      high[c] = (c & half) != 0 ? kSide + c : c + half;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kSide; ++r) {
+      if ((r & half) == 0) {
+        const Vec<A> a = square[r], b = square[r + half];
+        square[r] = __builtin_shuffle(a, b, low);
+        square[r + half] = __builtin_shuffle(a, b, high);
+      }
+    }
+  }
+}
+
+template <typename A>
 struct Exp2;
 
 // 2^x for x <= 1, 0 below the smallest normal number; at most 2 ulp. x is split into a whole number, which goes into the

@@ -1,0 +1,13 @@
+// The CPU operator behind torch.ops.in2nect_cpp.sample_pixels; see sample_pixels.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+namespace in2nect::cpu {
+
+torch::stable::Tensor sample_pixels(torch::stable::Tensor labels, int64_t num_classes, int64_t per_class,
+                                    torch::stable::Tensor seed, int64_t ignore_index);
+
+}  // namespace in2nect::cpu
