@@ -16,7 +16,7 @@
 namespace in2nect::cpu {
 namespace {
 
-constexpr std::array<const char*, 5> kNames = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr std::array<const char*, 6> kNames = {"portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
 constexpr int kUnknown = -1;
 
 #ifdef IN2NECT_X86
@@ -67,10 +67,12 @@ std::atomic<int> chosen{kUnknown};
 // Null, or why `name` cannot be chosen.
 const char* choose(std::string_view name) {
   static std::string refusal;
-  const std::string known = "portable, avx2, avx512, avx512_bf16 or amx";
+  const std::string known = "portable, avx2, avx512, avx512_bf16, amx or amx_emulated";
   for (size_t i = 0; i < kNames.size(); ++i) {
     if (name == kNames[i]) {
-      if (static_cast<int>(i) <= static_cast<int>(best())) {
+      const Capability wanted = static_cast<Capability>(i);
+      const Capability needed = wanted == Capability::kAmxEmulated ? Capability::kAvx512Bf16 : wanted;
+      if (needed <= best()) {
         chosen = static_cast<int>(i);
         return nullptr;
       }

@@ -6,6 +6,7 @@
 //   avx512       AVX-512 F, BW, DQ, VL
 //   avx512_bf16  and products of bfloat16 pairs
 //   amx          and tiles of bfloat16
+//   amx_emulated the same mathematics as amx without its instructions, slowly: for tests alone, on avx512_bf16
 //
 // IN2NECT_CPU_CAPABILITY names a lower one than the CPU has: for tests, and to compare.
 #pragma once
@@ -14,7 +15,7 @@
 
 namespace in2nect::cpu {
 
-enum class Capability : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+enum class Capability : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
 
 // The one in force.
 Capability capability();

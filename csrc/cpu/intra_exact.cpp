@@ -133,21 +133,29 @@ class LabelledRows {
   using A = Accumulator<T>;
 
  public:
-  LabelledRows(const Tensor& features, const Patches& patches, double temperature, bool normalize)
-      : set(patches.labelled(), features.size(1)), classes(set.count()), norms(normalize ? set.count() : 0) {
+  LabelledRows(const Tensor& features, const Patches& patches, double temperature, bool normalize, bool reduced)
+      : set(patches.labelled(), features.size(1), format(reduced)),
+        classes(set.count()),
+        norms(normalize ? set.count() : 0) {
     const Features<const T> z = view<T>(features);
     const double scale = PairSet<A>::scale(temperature);
     patches.for_each([&](const Patches::Patch& patch, int64_t first) {
-      read(z, patch, first);
-      for (int64_t i = first; i < first + patch.labelled; ++i) {
-        double factor = scale;
-        if (normalize) {
-          const double norm = length(set.row(i));
-          norms[i] = static_cast<A>(norm);
-          factor = scale / std::max(norm, kZeroNorm);
+      if constexpr (kBf16) {
+        if (set.format() == Format::kHalves) {
+          read(z, patch, first, [&](int64_t i, int64_t c, T number) { set.half_row(i)[c] = number.x; });
+          for (int64_t i = first; i < first + patch.labelled; ++i) {
+            const auto number = [&](int64_t c) { return T(set.half_row(i)[c], T::from_bits()); };
+            set.factor(i) = static_cast<A>(normalize ? scale / norm_of(i, number) : scale);
+          }
+          return;
         }
+      }
+      read(z, patch, first, [&](int64_t i, int64_t c, T number) { set.row(i)[c] = static_cast<A>(number); });
+      for (int64_t i = first; i < first + patch.labelled; ++i) {
+        A* row = set.row(i);
+        const double factor = normalize ? scale / norm_of(i, [&](int64_t c) { return row[c]; }) : scale;
         for (int64_t c = 0; c < set.depth(); ++c) {
-          set.row(i)[c] = static_cast<A>(factor * static_cast<double>(set.row(i)[c]));
+          row[c] = static_cast<A>(factor * static_cast<double>(row[c]));
         }
       }
     });
@@ -167,7 +175,15 @@ class LabelledRows {
   Buffer<A> norms;
 
  private:
-  void read(const Features<const T>& z, const Patches::Patch& patch, int64_t first) {
+  static constexpr bool kBf16 = std::is_same_v<T, torch::headeronly::BFloat16>;
+
+  static Format format(bool reduced) {
+    return kBf16 ? half_format() : std::is_same_v<T, float> ? float_format(reduced) : Format::kWide;
+  }
+
+  // Calls store(row, channel, number) for the labelled pixels of a patch, walking memory as it lies.
+  template <typename Store>
+  void read(const Features<const T>& z, const Patches::Patch& patch, int64_t first, const Store& store) {
     const T* source = z.at(patch.image, patch.row, patch.column);
     int64_t to[kPatch];
     for (int64_t p = 0, next = first; p < patch.count; ++p) {
@@ -176,41 +192,41 @@ class LabelledRows {
         classes[next++] = patch.classes[p];
       }
     }
-    const auto copy = [&](int64_t p, int64_t c) {
-      set.row(to[p])[c] = static_cast<A>(source[p * z.column + c * z.channel]);
-    };
     if (z.channels_inner()) {
       for (int64_t p = 0; p < patch.count; ++p) {
         for (int64_t c = 0; to[p] != kSkip && c < set.depth(); ++c) {
-          copy(p, c);
+          store(to[p], c, source[p * z.column + c * z.channel]);
         }
       }
-    } else {
-      for (int64_t c = 0; c < set.depth(); ++c) {
-        for (int64_t p = 0; p < patch.count; ++p) {
-          if (to[p] != kSkip) {
-            copy(p, c);
-          }
+      return;
+    }
+    for (int64_t c = 0; c < set.depth(); ++c) {
+      for (int64_t p = 0; p < patch.count; ++p) {
+        if (to[p] != kSkip) {
+          store(to[p], c, source[p * z.column + c * z.channel]);
         }
       }
     }
   }
 
-  // In double: the square of a float32 row overflows from 1e19 on.
-  double length(const A* row) const {
+  // Keeps the norm of row i, and gives it, or what stands for that of a zero row. In double: the square of a float32 row
+  // overflows from 1e19 on.
+  template <typename Number>
+  double norm_of(int64_t i, const Number& number) {
     double square = 0;
-#pragma omp simd reduction(+ : square)
     for (int64_t c = 0; c < set.depth(); ++c) {
-      square += static_cast<double>(row[c]) * static_cast<double>(row[c]);
+      const double value = static_cast<double>(number(c));
+      square += value * value;
     }
-    return std::sqrt(square);
+    norms[i] = static_cast<A>(std::sqrt(square));
+    return std::max(std::sqrt(square), kZeroNorm);
   }
 };
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> intra_exact(Tensor features, Tensor labels, Tensor weights, Tensor anchors,
-                                       int64_t ignore_index, double temperature, bool normalize) {
+                                       int64_t ignore_index, double temperature, bool normalize, bool reduced) {
   check(features, labels, weights, anchors, temperature);
   Tensor total = torch::stable::new_zeros(weights, {1});
   Tensor log_d = torch::stable::new_zeros(weights, {labels.numel()});
@@ -218,7 +234,7 @@ std::tuple<Tensor, Tensor> intra_exact(Tensor features, Tensor labels, Tensor we
   dispatch_features("intra_exact", features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    LabelledRows<T> rows(features, patches, temperature, normalize);
+    LabelledRows<T> rows(features, patches, temperature, normalize, reduced);
     Buffer<A> packed(rows.set.count());
     PairSums<A>(rows.set, nullptr, rows.by_class(numbers<A>(weights)).data()).log_d(packed.data());
     const std::vector<A> a = numbers<A>(anchors);
@@ -241,7 +257,7 @@ std::tuple<Tensor, Tensor> intra_exact(Tensor features, Tensor labels, Tensor we
 }
 
 Tensor intra_exact_backward(Tensor features, Tensor labels, Tensor log_d, Tensor weights, Tensor anchors,
-                            Tensor positive, Tensor own, int64_t ignore_index, double temperature, bool normalize) {
+                            Tensor positive, Tensor own, int64_t ignore_index, double temperature, bool normalize, bool reduced) {
   check(features, labels, weights, anchors, temperature);
   const int64_t d = features.size(1);
   const ScalarType type = weights.scalar_type();
@@ -256,7 +272,7 @@ Tensor intra_exact_backward(Tensor features, Tensor labels, Tensor log_d, Tensor
   dispatch_features("intra_exact", features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    LabelledRows<T> rows(features, patches, temperature, normalize);
+    LabelledRows<T> rows(features, patches, temperature, normalize, reduced);
     Buffer<A> packed(rows.set.count());
     const A* all_log_d = static_cast<const A*>(log_d.const_data_ptr());
     patches.for_each([&](const Patches::Patch& patch, int64_t first) {
@@ -273,14 +289,15 @@ Tensor intra_exact_backward(Tensor features, Tensor labels, Tensor log_d, Tensor
     const A to_unit = static_cast<A>(1 / PairSet<A>::scale(temperature));
     const Features<T> out = mutable_view<T>(gradient);
     patches.for_each([&](const Patches::Patch& patch, int64_t first) {
-      std::vector<A> patch_gradient(kPatch * d);
+      std::vector<A> patch_gradient(kPatch * d), row(d);
       for (int64_t p = 0, i = first; p < patch.count; ++p) {
         if (patch.classes[p] == kSkip) {
           continue;
         }
         // du = sum_j g_ij u_j / tau - positive + own u; then through u = z / |z|
         A* to = patch_gradient.data() + p * d;
-        const A* u = rows.set.row(i);
+        rows.set.read(i, row.data());
+        const A* u = row.data();  // times the scale
         const A* from = sums.gradient(i);
         const A* centre = of_class.data() + patch.classes[p] * d;
         const A pull = of_own[patch.classes[p]] * to_unit;

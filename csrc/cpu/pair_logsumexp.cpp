@@ -31,17 +31,37 @@ void for_rows(int64_t rows, int64_t depth, const Body& body) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(depth, 1)), body);
 }
 
+// The format that rows of T are multiplied in; anchors and keys have the same.
 template <typename T>
-PairSet<Accumulator<T>> pack(const Tensor& rows, double temperature) {
+Format format_of(bool reduced) {
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    return half_format();
+  } else {
+    return std::is_same_v<T, float> ? float_format(reduced) : Format::kWide;
+  }
+}
+
+template <typename T>
+PairSet<Accumulator<T>> pack(const Tensor& rows, double temperature, bool reduced) {
   using A = Accumulator<T>;
-  PairSet<A> set(rows.size(0), rows.size(1));
+  PairSet<A> set(rows.size(0), rows.size(1), format_of<T>(reduced));
   const double scale = PairSet<A>::scale(temperature);
   const T* data = static_cast<const T*>(rows.const_data_ptr());
   const int64_t row_stride = rows.stride(0), column_stride = rows.stride(1);
   for_rows(set.count(), set.depth(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      const T* from = data + i * row_stride;
+      if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+        if (set.format() == Format::kHalves) {
+          set.factor(i) = static_cast<A>(scale);
+          for (int64_t c = 0; c < set.depth(); ++c) {
+            set.half_row(i)[c] = from[c * column_stride].x;
+          }
+          continue;
+        }
+      }
       for (int64_t c = 0; c < set.depth(); ++c) {
-        set.row(i)[c] = static_cast<A>(scale * static_cast<double>(data[i * row_stride + c * column_stride]));
+        set.row(i)[c] = static_cast<A>(scale * static_cast<double>(from[c * column_stride]));
       }
     }
   });
@@ -74,16 +94,17 @@ void unpack(int64_t depth, Accumulator<T> scale, const Row& row, Tensor& out) {
 
 }  // namespace
 
-Tensor pair_logsumexp(Tensor anchors, std::optional<Tensor> keys, Tensor weights, double temperature) {
+Tensor pair_logsumexp(Tensor anchors, std::optional<Tensor> keys, Tensor weights, double temperature,
+                      bool reduced) {
   check(anchors, keys, weights, temperature);
   Tensor out = torch::stable::new_empty(weights, {anchors.size(0)});
   dispatch_features("pair_logsumexp", anchors.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    PairSet<A> rows = pack<T>(anchors, temperature);
+    PairSet<A> rows = pack<T>(anchors, temperature, reduced);
     std::optional<PairSet<A>> columns;
     if (keys) {
-      columns.emplace(pack<T>(*keys, temperature));
+      columns.emplace(pack<T>(*keys, temperature, reduced));
     }
     PairSums<A> sums(rows, columns ? &*columns : nullptr, numbers<A>(weights).data());
     sums.log_d(static_cast<A*>(out.mutable_data_ptr()));
@@ -92,7 +113,8 @@ Tensor pair_logsumexp(Tensor anchors, std::optional<Tensor> keys, Tensor weights
 }
 
 std::tuple<Tensor, Tensor> pair_logsumexp_backward(Tensor grad, Tensor log_d, Tensor anchors,
-                                                   std::optional<Tensor> keys, Tensor weights, double temperature) {
+                                                   std::optional<Tensor> keys, Tensor weights, double temperature,
+                                                   bool reduced) {
   check(anchors, keys, weights, temperature);
   require(grad.dim() == 1 && grad.size(0) == anchors.size(0) && grad.scalar_type() == weights.scalar_type() &&
               log_d.dim() == 1 && log_d.size(0) == anchors.size(0) && log_d.scalar_type() == weights.scalar_type(),
@@ -104,10 +126,10 @@ std::tuple<Tensor, Tensor> pair_logsumexp_backward(Tensor grad, Tensor log_d, Te
   dispatch_features("pair_logsumexp", anchors.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    PairSet<A> rows = pack<T>(anchors, temperature);
+    PairSet<A> rows = pack<T>(anchors, temperature, reduced);
     std::optional<PairSet<A>> columns;
     if (keys) {
-      columns.emplace(pack<T>(*keys, temperature));
+      columns.emplace(pack<T>(*keys, temperature, reduced));
     }
     PairSums<A> sums(rows, columns ? &*columns : nullptr, numbers<A>(weights).data());
     sums.differentiate(numbers<A>(grad).data(), numbers<A>(log_d).data());

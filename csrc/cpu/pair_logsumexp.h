@@ -9,10 +9,10 @@
 namespace in2nect::cpu {
 
 torch::stable::Tensor pair_logsumexp(torch::stable::Tensor anchors, std::optional<torch::stable::Tensor> keys,
-                                     torch::stable::Tensor weights, double temperature);
+                                     torch::stable::Tensor weights, double temperature, bool reduced);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> pair_logsumexp_backward(
     torch::stable::Tensor grad, torch::stable::Tensor log_d, torch::stable::Tensor anchors,
-    std::optional<torch::stable::Tensor> keys, torch::stable::Tensor weights, double temperature);
+    std::optional<torch::stable::Tensor> keys, torch::stable::Tensor weights, double temperature, bool reduced);
 
 }  // namespace in2nect::cpu

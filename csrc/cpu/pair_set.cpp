@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <thread>
@@ -27,6 +28,27 @@ constexpr int64_t kTile = 192, kSmallTile = 96, kSmallSet = 8192;
 // gradient, and a block of 4 x 4 tiles reads a quarter of what single tiles read.
 constexpr int64_t kBlockTiles = 4, kLargeSet = 32768;
 static_assert(kTile % kTileUnit == 0 && kSmallTile % kTileUnit == 0);
+
+// Numbers of a thread's part of a split, some microseconds' work.
+constexpr int64_t kSplitGrain = 32768;
+
+float from_bf16(Bf16 bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float number;
+  std::memcpy(&number, &wide, sizeof(number));
+  return number;
+}
+
+// To the nearest, ties to even; of finite numbers.
+Bf16 to_bf16(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  return static_cast<Bf16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// Rows of bfloat16 are multiplied before their factors, which for unit rows are 1 / |z|: of longer rows the products would
+// leave float32's range.
+constexpr double kSmallestFactor = 1e-17;
 
 // How far, in powers of two, the terms of a row may lie below 1 and still be summed with the constant shift: a row's
 // sum and its reciprocal stay normal numbers, as do their products with weights.
@@ -52,6 +74,19 @@ const PairTiles<A>& tiles() {
 #endif
   return choose(portable::pair_tiles_float, portable::pair_tiles_double);
 }
+
+#ifdef IN2NECT_X86
+const HalfTiles& half_tiles() {
+  switch (capability()) {
+    case Capability::kAmx:
+      return amx::half_tiles;
+    case Capability::kAmxEmulated:
+      return amx_emulated::half_tiles;
+    default:
+      return avx512_bf16::half_tiles;
+  }
+}
+#endif
 
 struct BlockPair {
   int64_t i, j;
@@ -153,19 +188,39 @@ class Turns {
 
 }  // namespace
 
+Format half_format() {
+  return capability() >= Capability::kAvx512Bf16 ? Format::kHalves : Format::kWide;
+}
+
+// Two planes cost three products: AVX512-BF16, at twice float32's rate, would lose by them.
+Format float_format(bool reduced) {
+  return reduced && capability() >= Capability::kAmx ? Format::kSplit : Format::kWide;
+}
+
 template <typename A>
-PairSet<A>::PairSet(int64_t count, int64_t depth) : count_(count), depth_(depth) {
-  constexpr int64_t kAlign = kRowBytes / static_cast<int64_t>(sizeof(A));
-  stride_ = divide_up(std::max<int64_t>(depth, 1), kAlign) * kAlign;
+PairSet<A>::PairSet(int64_t count, int64_t depth, Format format) : format_(format), count_(count), depth_(depth) {
+  const int64_t align = kRowBytes / static_cast<int64_t>(format == Format::kWide ? sizeof(A) : sizeof(Bf16));
+  stride_ = divide_up(std::max<int64_t>(depth, 1), align) * align;
   tile_ = count < kSmallSet ? kSmallTile : kTile;
   block_ = count < kLargeSet ? tile_ : tile_ * kBlockTiles;
   padded_ = divide_up(count, block_) * block_;
-  rows_ = Buffer<A>(padded_ * stride_);
   // what the caller does not write: the ends of rows, and the padding
-  for (int64_t i = 0; i < padded_ && depth < stride_; ++i) {
-    std::fill(row(i) + depth, row(i) + stride_, A(0));
+  const auto clear_rest = [&](const auto& rows) {
+    for (int64_t i = 0; i < count_ && depth_ < stride_; ++i) {
+      std::fill(rows.data() + i * stride_ + depth_, rows.data() + (i + 1) * stride_, 0);
+    }
+    std::fill(rows.data() + count_ * stride_, rows.data() + padded_ * stride_, 0);
+  };
+  if (format == Format::kHalves) {
+    planes_[0] = Buffer<Bf16>(padded_ * stride_);
+    clear_rest(planes_[0]);
+  } else {
+    rows_ = Buffer<A>(padded_ * stride_);
+    clear_rest(rows_);
   }
-  std::fill(row(count), row(padded_), A(0));
+  if (format != Format::kWide) {
+    factor_ = Buffer<A>(padded_, static_cast<A>(format == Format::kSplit ? 1 : 0));
+  }
   shift_ = Buffer<A>(padded_, A(0));
 }
 
@@ -175,11 +230,81 @@ double PairSet<A>::scale(double temperature) {
 }
 
 template <typename A>
+void PairSet<A>::read(int64_t i, A* out) const {
+  if (format_ != Format::kHalves) {
+    std::copy_n(row(i), depth_, out);
+    return;
+  }
+  for (int64_t c = 0; c < depth_; ++c) {
+    out[c] = factor_[i] * static_cast<A>(from_bf16(half_row(i)[c]));
+  }
+}
+
+template <typename A>
+double PairSet<A>::half_square(int64_t i) const {
+  double square = 0;
+  if (format_ != Format::kHalves) {
+    const A* numbers = row(i);
+#pragma omp simd reduction(+ : square)
+    for (int64_t c = 0; c < depth_; ++c) {
+      square += static_cast<double>(numbers[c]) * static_cast<double>(numbers[c]);
+    }
+    return square / 2;
+  }
+  const Bf16* halves = half_row(i);
+#pragma omp simd reduction(+ : square)
+  for (int64_t c = 0; c < depth_; ++c) {
+    const double number = static_cast<double>(from_bf16(halves[c]));
+    square += number * number;
+  }
+  const double factor = static_cast<double>(factor_[i]);
+  return factor * factor * square / 2;
+}
+
+template <typename A>
+void PairSet<A>::widen() {
+  rows_ = Buffer<A>(padded_ * stride_, A(0));
+  for (int64_t i = 0; i < count_; ++i) {
+    read(i, row(i));
+  }
+  planes_[0] = Buffer<Bf16>();
+  format_ = Format::kWide;
+}
+
+template <typename A>
+void PairSet<A>::split() {
+  for (Buffer<Bf16>& plane : planes_) {
+    plane = Buffer<Bf16>(padded_ * stride_);
+  }
+  torch::stable::parallel_for(0, padded_ * stride_, kSplitGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float number = static_cast<float>(rows_[n]);
+      planes_[0][n] = to_bf16(number);
+      planes_[1][n] = to_bf16(number - from_bf16(planes_[0][n]));
+    }
+  });
+}
+
+template <typename A>
 Side<A> PairSet<A>::side(int64_t first) const {
-  const auto at = [first](const auto& buffer, int64_t step = 1) {
-    return buffer.data() == nullptr ? nullptr : buffer.data() + first * step;
-  };
-  return {row(first), at(shift_), at(omega_), at(rho_), at(peak_), at(sums_), at(gradient_, stride_)};
+  return {row(first),         at(shift_, first), at(omega_, first),
+          at(rho_, first),    at(peak_, first),  at(sums_, first),
+          at(gradient_, first * stride_)};
+}
+
+template <typename A>
+HalfSide PairSet<A>::half_side(int64_t first) const {
+  if constexpr (std::is_same_v<A, float>) {
+    return {{at(planes_[0], first * stride_), at(planes_[1], first * stride_)},
+            at(factor_, first),
+            at(shift_, first),
+            at(omega_, first),
+            at(rho_, first),
+            at(sums_, first),
+            at(gradient_, first * stride_)};
+  } else {
+    return {};
+  }
 }
 
 template <typename A>
@@ -200,14 +325,10 @@ typename PairSums<A>::Way PairSums<A>::choose(const A* weights) {
   double lowest = kInfinity, highest = 0, lightest = kInfinity, heaviest = 0, unsound = 0;
   for (PairSet<A>* set : {&anchors_, keys_}) {
     for (int64_t i = 0; set != nullptr && i < set->count_; ++i) {
-      const A* row = set->row(i);
-      double square = 0;
-      for (int64_t c = 0; c < set->depth_; ++c) {
-        square += static_cast<double>(row[c]) * static_cast<double>(row[c]);
-      }
-      set->shift_[i] = static_cast<A>(square / 2);
-      lowest = std::min(lowest, square / 2);
-      highest = std::max(highest, square / 2);
+      const double square = set->half_square(i);
+      set->shift_[i] = static_cast<A>(square);
+      lowest = std::min(lowest, square);
+      highest = std::max(highest, square);
       unsound += square - square;  // 0, or NaN
     }
   }
@@ -227,6 +348,17 @@ typename PairSums<A>::Way PairSums<A>::choose(const A* weights) {
   }
   // |v_i . v_j| <= 2 sqrt(shift_i shift_j), so exponents lie above -(sqrt(shift_i) + sqrt(shift_j))^2
   const double farthest = std::log2(heaviest / lightest) + (highest - lowest) + (own ? 0 : 4 * highest);
+  bool products_fit = true;
+  for (PairSet<A>* set : {&anchors_, keys_}) {
+    for (int64_t i = 0; set != nullptr && set->format_ == Format::kHalves && i < set->count_; ++i) {
+      products_fit = products_fit && set->factor_[i] > static_cast<A>(kSmallestFactor);
+    }
+  }
+  for (PairSet<A>* set : {&anchors_, keys_}) {
+    if (set != nullptr && set->format_ == Format::kHalves && (farthest > kRange<A> || !products_fit)) {
+      set->widen();
+    }
+  }
   if (farthest > kRange<A>) {
     for (int64_t j = 0; j < keys.padded_; ++j) {
       keys.shift_[j] = static_cast<A>(j < keys.count_ ? std::log2(static_cast<double>(weights[j])) : -kInfinity);
@@ -234,6 +366,11 @@ typename PairSums<A>::Way PairSums<A>::choose(const A* weights) {
     return Way::kRunningMaximum;
   }
   log2_scale_ = std::log2(heaviest) + highest;
+  for (PairSet<A>* set : {&anchors_, keys_}) {
+    if (set != nullptr && set->format_ == Format::kSplit) {
+      set->split();
+    }
+  }
   keys.omega_ = Buffer<A>(keys.padded_, A(0));
   for (int64_t j = 0; j < keys.count_; ++j) {
     const double shift = static_cast<double>(keys.shift_[j]);
@@ -243,31 +380,61 @@ typename PairSums<A>::Way PairSums<A>::choose(const A* weights) {
 }
 
 template <typename A>
-template <typename Tile>
-void PairSums<A>::for_each_tile(const Tile& tile) {
+void PairSums<A>::run(Step step) {
   PairSet<A>& keys = this->keys();
   const TileShape shape = anchors_.shape(keys);
+  const bool constant = way_ == Way::kConstantShift;
+#ifdef IN2NECT_X86
+  if constexpr (std::is_same_v<A, float>) {
+    if (constant && anchors_.format_ != Format::kWide) {
+      const HalfTiles& of_halves = half_tiles();
+      const auto tile = step == Step::kForward ? of_halves.forward : of_halves.backward;
+      for_each_tile(of_halves.scratch(shape, anchors_.format_ == Format::kSplit ? 2 : 1),
+                    [&](int64_t i, int64_t j, Pairs pairs, void* scratch) {
+                      tile(anchors_.half_side(i), keys.half_side(j), shape, pairs, scratch);
+                    });
+      return;
+    }
+  }
+#endif
+  const PairTiles<A>& wide = tiles<A>();
+  const auto tile = step == Step::kPeaks     ? wide.peaks
+                    : step == Step::kForward ? (constant ? wide.forward : wide.peaked_forward)
+                                             : (constant ? wide.backward : wide.peaked_backward);
+  for_each_tile(wide.scratch(shape) * static_cast<int64_t>(sizeof(A)),
+                [&](int64_t i, int64_t j, Pairs pairs, void* scratch) {
+                  tile(anchors_.side(i), keys.side(j), shape, pairs, static_cast<A*>(scratch));
+                });
+}
+
+// Calls tile(first row of i, of j, what they are to each other, scratch memory) for all pairs of tiles.
+template <typename A>
+template <typename Tile>
+void PairSums<A>::for_each_tile(int64_t scratch_bytes, const Tile& tile) {
+  const int64_t blocks = anchors_.block_count(), key_blocks = keys_ != nullptr ? keys_->block_count() : 0;
   const auto in_order = [&](const auto& order) {
-    Turns turns(order, anchors_.block_count(), keys_ != nullptr ? keys.block_count() : 0);
+    Turns turns(order, blocks, key_blocks);
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), order.size());
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
-        const Buffer<A> scratch(tiles<A>().scratch(shape));
-        turns.work([&](const BlockPair& pair) { meet(pair.i, pair.j, shape, tile, scratch.data()); });
+        const Buffer<char> scratch(scratch_bytes);
+        turns.work([&](const BlockPair& pair) {
+          meet(pair.i, pair.j, [&](int64_t i, int64_t j, Pairs pairs) { tile(i, j, pairs, scratch.data()); });
+        });
       }
     });
   };
   if (keys_ != nullptr) {
-    in_order(KeysOrder(anchors_.block_count(), keys.block_count()));
+    in_order(KeysOrder(blocks, key_blocks));
   } else {
-    in_order(TournamentOrder(anchors_.block_count()));
+    in_order(TournamentOrder(blocks));
   }
 }
 
 // The tiles of two blocks; of a block with itself each pair of tiles once.
 template <typename A>
 template <typename Tile>
-void PairSums<A>::meet(int64_t i, int64_t j, const TileShape& shape, const Tile& tile, A* scratch) {
+void PairSums<A>::meet(int64_t i, int64_t j, const Tile& tile) const {
   const PairSet<A>& keys = this->keys();
   const bool one_block = keys_ == nullptr && i == j;
   for (int64_t row = 0; row < anchors_.block_; row += anchors_.tile_) {
@@ -275,7 +442,7 @@ void PairSums<A>::meet(int64_t i, int64_t j, const TileShape& shape, const Tile&
       const Pairs pairs = keys_ != nullptr                ? Pairs::kKeys
                           : one_block && row == column ? Pairs::kDiagonal
                                                           : Pairs::kOneSet;
-      tile(anchors_.side(i * anchors_.block_ + row), keys.side(j * keys.block_ + column), shape, pairs, scratch);
+      tile(i * anchors_.block_ + row, j * keys.block_ + column, pairs);
     }
   }
 }
@@ -291,7 +458,7 @@ void PairSums<A>::log_d(A* out) {
     if (keys_ != nullptr) {
       anchors_.omega_ = Buffer<A>(anchors_.padded_, A(0));
     }
-    for_each_tile(tiles<A>().forward);
+    run(Step::kForward);
     for (int64_t i = 0; i < anchors_.count_; ++i) {
       const double exponent = static_cast<double>(anchors_.shift_[i]) + log2_scale_ + std::log2(anchors_.sums_[i]);
       out[i] = static_cast<A>(kLn2 * exponent);
@@ -299,12 +466,12 @@ void PairSums<A>::log_d(A* out) {
     return;
   }
   anchors_.peak_ = Buffer<A>(anchors_.padded_, static_cast<A>(-kInfinity));
-  for_each_tile(tiles<A>().peaks);
+  run(Step::kPeaks);
   for (int64_t i = 0; i < anchors_.padded_; ++i) {
     // a row whose every exponent is -inf, or that is padding: any finite peak keeps NaN away
     anchors_.peak_[i] = std::isfinite(anchors_.peak_[i]) ? anchors_.peak_[i] : A(0);
   }
-  for_each_tile(tiles<A>().peaked_forward);
+  run(Step::kForward);
   for (int64_t i = 0; i < anchors_.count_; ++i) {
     out[i] = static_cast<A>(kLn2 * (static_cast<double>(anchors_.peak_[i]) + std::log2(anchors_.sums_[i])));
   }
@@ -339,7 +506,7 @@ void PairSums<A>::differentiate(const A* a, const A* log_d) {
       anchors_.peak_[i] = static_cast<A>(log2_d);
     }
   }
-  for_each_tile(constant ? tiles<A>().backward : tiles<A>().peaked_backward);
+  run(Step::kBackward);
 }
 
 template class PairSet<float>;

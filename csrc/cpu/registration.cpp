@@ -17,14 +17,14 @@ STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
       " bool normalize) -> Tensor");
   library.def(
       "intra_exact(Tensor features, Tensor labels, Tensor weights, Tensor anchors, int ignore_index, float temperature,"
-      " bool normalize) -> (Tensor total, Tensor log_d)");
+      " bool normalize, bool reduced) -> (Tensor total, Tensor log_d)");
   library.def(
       "intra_exact_backward(Tensor features, Tensor labels, Tensor log_d, Tensor weights, Tensor anchors,"
-      " Tensor positive, Tensor own, int ignore_index, float temperature, bool normalize) -> Tensor");
-  library.def("pair_logsumexp(Tensor anchors, Tensor? keys, Tensor weights, float temperature) -> Tensor");
+      " Tensor positive, Tensor own, int ignore_index, float temperature, bool normalize, bool reduced) -> Tensor");
+  library.def("pair_logsumexp(Tensor anchors, Tensor? keys, Tensor weights, float temperature, bool reduced) -> Tensor");
   library.def(
       "pair_logsumexp_backward(Tensor grad, Tensor log_d, Tensor anchors, Tensor? keys, Tensor weights,"
-      " float temperature) -> (Tensor grad_anchors, Tensor grad_keys)");
+      " float temperature, bool reduced) -> (Tensor grad_anchors, Tensor grad_keys)");
   library.def("gather_rows(Tensor features, Tensor indices, int height, int width, bool normalize) -> Tensor");
   library.def(
       "gather_rows_backward(Tensor grad, Tensor features, Tensor indices, int height, int width, bool normalize)"

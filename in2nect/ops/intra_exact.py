@@ -17,8 +17,9 @@ from torch import Tensor
 from in2nect import reference
 from in2nect.labels import as_grid, check_inputs, valid_mask
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, kernel, native_operator, select
+from in2nect.ops.backend import implementation, kernel, select
 from in2nect.ops.class_sums import check_unless_checked, through_normalization, to_features
+from in2nect.ops.pair_logsumexp import native_pairs
 
 
 def intra_exact(
@@ -206,6 +207,6 @@ def _rows(
 
 
 for _name in ("intra_exact", "intra_exact_backward"):
-    implementation(_name, "cpp")(native_operator("cpp", _name))
+    implementation(_name, "cpp")(native_pairs(_name))
 implementation("intra_exact", "triton")(kernel("intra_exact"))
 implementation("intra_exact_backward", "triton")(kernel("intra_exact", "intra_exact_backward"))

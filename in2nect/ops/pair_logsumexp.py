@@ -6,6 +6,7 @@ differentiable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -144,7 +145,18 @@ def _tiles(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def native_pairs(name: str) -> Callable:
+    """The C++ operator, told whether torch lets products of float32 be of two bfloat16 numbers a factor
+    (``torch.set_float32_matmul_precision("high")``), which AMX does several times faster."""
+    operator = native_operator("cpp", name)
+
+    def call(*arguments: Any) -> Any:
+        return operator(*arguments, torch.get_float32_matmul_precision() != "highest")
+
+    return call
+
+
 for _name in ("pair_logsumexp", "pair_logsumexp_backward"):
-    implementation(_name, "cpp")(native_operator("cpp", _name))
+    implementation(_name, "cpp")(native_pairs(_name))
 implementation("pair_logsumexp", "triton")(kernel("pair_logsumexp"))
 implementation("pair_logsumexp_backward", "triton")(kernel("pair_logsumexp", "pair_logsumexp_backward"))
