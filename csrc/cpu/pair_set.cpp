@@ -371,6 +371,7 @@ typename PairSums<A>::Way PairSums<A>::choose(const A* weights) {
       set->split();
     }
   }
+  anchors_.omega_ = Buffer<A>(anchors_.padded_, A(0));  // of anchors that are no keys it stays so
   keys.omega_ = Buffer<A>(keys.padded_, A(0));
   for (int64_t j = 0; j < keys.count_; ++j) {
     const double shift = static_cast<double>(keys.shift_[j]);
@@ -455,9 +456,6 @@ void PairSums<A>::log_d(A* out) {
   }
   anchors_.sums_ = Buffer<double>(anchors_.padded_, 0.0);
   if (way_ == Way::kConstantShift) {
-    if (keys_ != nullptr) {
-      anchors_.omega_ = Buffer<A>(anchors_.padded_, A(0));
-    }
     run(Step::kForward);
     for (int64_t i = 0; i < anchors_.count_; ++i) {
       const double exponent = static_cast<double>(anchors_.shift_[i]) + log2_scale_ + std::log2(anchors_.sums_[i]);
@@ -489,6 +487,7 @@ void PairSums<A>::differentiate(const A* a, const A* log_d) {
     return;
   }
   const bool constant = way_ == Way::kConstantShift;
+  keys().rho_ = Buffer<A>(keys().padded_, A(0));  // of keys that are no anchors it stays so
   anchors_.rho_ = Buffer<A>(anchors_.padded_, A(0));
   if (!constant) {
     anchors_.peak_ = Buffer<A>(anchors_.padded_, A(0));

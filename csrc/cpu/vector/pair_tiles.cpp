@@ -200,16 +200,10 @@ void forward(const Side<A>& i, const Side<A>& j, const TileShape& shape, Pairs p
 
 template <typename A>
 void backward(const Side<A>& i, const Side<A>& j, const TileShape& shape, Pairs pairs, A* memory) {
-  const auto e = [&](int64_t r, int64_t c, Vec<A> x) { return Exp2<A>::of(x - load(j.shift + c) - i.shift[r]); };
-  if (pairs == Pairs::kKeys) {
-    differentiate_tile(i, j, shape, pairs, memory, [&](int64_t r, int64_t c, Vec<A> x) {
-      return e(r, c, x) * (i.rho[r] * load(j.omega + c));
-    });
-  } else {
-    differentiate_tile(i, j, shape, pairs, memory, [&](int64_t r, int64_t c, Vec<A> x) {
-      return e(r, c, x) * (i.rho[r] * load(j.omega + c) + i.omega[r] * load(j.rho + c));
-    });
-  }
+  differentiate_tile(i, j, shape, pairs, memory, [&](int64_t r, int64_t c, Vec<A> x) {
+    const Vec<A> e = Exp2<A>::of(x - load(j.shift + c) - i.shift[r]);
+    return e * (i.rho[r] * load(j.omega + c) + i.omega[r] * load(j.rho + c));
+  });
 }
 
 template <typename A>

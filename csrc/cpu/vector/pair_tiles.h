@@ -43,7 +43,8 @@ template <typename A>
 struct PairTiles {
   // Numbers of scratch memory that a tile takes.
   int64_t (*scratch)(const TileShape&);
-  // Constant shift: the sums; then the gradient, g_ij = e_ij (rho_i omega_j + rho_j omega_i), with keys e_ij rho_i omega_j.
+  // Constant shift: the sums; then the gradient, g_ij = e_ij (rho_i omega_j + rho_j omega_i). Anchors that are no keys
+  // have omega 0, and keys that are no anchors rho 0.
   void (*forward)(const Side<A>& i, const Side<A>& j, const TileShape&, Pairs, A* scratch);
   void (*backward)(const Side<A>& i, const Side<A>& j, const TileShape&, Pairs, A* scratch);
   // Running maximum: the peaks; with them the sums; then the gradient, g_ij = a_i 2^(x_ij + log_weight_j - log2 D_i), plus

@@ -413,7 +413,6 @@ void backward(const HalfSide& i, const HalfSide& j, const TileShape& shape, Pair
   const Scratch scratch(memory, shape, planes);
   const TilesInUse tiles;
   (void)tiles;
-  const float one_set = pairs == Pairs::kKeys ? 0.0F : 1.0F;  // whether j are anchors too
   for_each_strip(i, j, shape, scratch, [&](int64_t row, int64_t column) {
     for (int r = 0; r < kStrip; r += 2) {
 #pragma GCC unroll 2
@@ -423,7 +422,7 @@ void backward(const HalfSide& i, const HalfSide& j, const TileShape& shape, Pair
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
           const int64_t n = row + r + k;
-          const Vector weights = i.rho[n] * load(j.omega + c) + (one_set * i.omega[n]) * load(j.rho + c);
+          const Vector weights = i.rho[n] * load(j.omega + c) + i.omega[n] * load(j.rho + c);
           g[k] = exponential(i, j, n, c, scratch.strip + (r + k) * kPanel + v * kWide) * weights;
           split(g[k] * load(j.factor + c), planes, [&](int p, Halves rounded) {
             store_halves(scratch.g_rows[p] + n * shape.columns + c, rounded);
