@@ -86,7 +86,7 @@ def check(
     exact = features.detach().double().requires_grad_()
     want_sums, want_counts, want_squares = definition(exact, labels, num_classes, normalize)
     results = operators.class_sums(*inputs, num_classes, IGNORE, normalize, squares)
-    sums, counts, got_squares = (result.cpu() for result in results)
+    sums, counts, got_squares = (result.cpu() for result in results[:3])
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     assert sums.dtype == got_squares.dtype == accumulator
     assert counts.dtype == torch.int64
@@ -166,8 +166,8 @@ def test_labels_outside_the_classes_are_skipped(ratio: int, normalize: bool, squ
     stray[0, 0, :2] = torch.tensor([3, 2**40])
     labels[0, 0, :2] = IGNORE
     for given, expected in zip(
-        torch.ops.in2nect_cpp.class_sums(features, stray, 3, IGNORE, normalize, squares),
-        torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares),
+        torch.ops.in2nect_cpp.class_sums(features, stray, 3, IGNORE, normalize, squares)[:3],
+        torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)[:3],
     ):
         assert torch.equal(given, expected)
     # an ignored index that is itself a class is ignored
@@ -180,7 +180,7 @@ def test_labels_outside_the_classes_are_skipped(ratio: int, normalize: bool, squ
 def test_no_pixels(shape: tuple, normalize: bool, squares: bool) -> None:
     features = torch.randn(shape)
     labels = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
-    sums, counts, got_squares = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
+    sums, counts, got_squares, _ = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
     assert torch.equal(sums, torch.zeros(3, 3))
     assert torch.equal(counts, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(got_squares, torch.zeros(3 if squares else 0))
@@ -194,7 +194,7 @@ def test_all_ignored(ratio: int, normalize: bool, squares: bool) -> None:
     # NaN where no label looks must reach neither the sums nor the gradient.
     features = torch.full((2, 3, 4, 5), torch.nan)
     labels = torch.full((2, 4 * ratio, 5 * ratio), IGNORE, dtype=torch.uint8)
-    sums, counts, got_squares = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
+    sums, counts, got_squares, _ = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
     assert torch.equal(sums, torch.zeros(3, 3))
     assert torch.equal(counts, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(got_squares, torch.zeros(3 if squares else 0))
@@ -241,7 +241,7 @@ def test_same_bits_for_any_number_of_threads(ratio: int, layout: str, normalize:
 
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        outputs = torch.ops.in2nect_cpp.class_sums(features, labels, 7, IGNORE, normalize, squares)
+        *outputs, _ = torch.ops.in2nect_cpp.class_sums(features, labels, 7, IGNORE, normalize, squares)
         gradient = torch.ops.in2nect_cpp.class_sums_backward(
             grad_sums, grad_squares, features, labels, IGNORE, normalize
         )
