@@ -39,7 +39,7 @@ constexpr int64_t kChunkTotals = 8;
 // Elements of a tile that is read twice: 128 KiB of float32, so that it stays in a second-level cache.
 constexpr int64_t kTileElements = 32768;
 // Pixels of a tile: float32 sums run over at most this many terms (a lane: kBlockTerms) before they go to a double.
-constexpr int64_t kMinTilePixels = 32, kMaxTilePixels = 512, kBlockTerms = 256;
+constexpr int64_t kMinTilePixels = 32, kMaxTilePixels = 512, kBlockTerms = 64;
 // Channels and pixels that one pass over a piece of the labels writes the plain gradient of: 64 KiB of float32 a
 // channel, so that memory is written in its order, and a fresh page while it is still in a cache.
 constexpr int64_t kWrittenChannels = 16, kWrittenPixels = 16384;
@@ -394,9 +394,6 @@ class TileSums {
         scale_(normalize ? std::max(pixels, kMostLanes) : 0),
         rows_((shape.classes + 1) * d_),
         row_squares_(shape.classes + 1),
-        slots_(shape.classes, -1),
-        present_(std::min(shape.classes, pixels)),
-        partial_(kBlockChannels * kMostLanes * present_.size()),
         blocks_(pixels + kMostLanes) {}
 
   // `codes` with room for two blocks behind; `present` are the classes among them.
@@ -421,14 +418,16 @@ class TileSums {
       }
       return;
     }
-    int64_t slots = 0;
-    const int64_t blocks = loops().labels.find_blocks(codes, count, run.lanes, slots_.data(), present_.data(), &slots,
-                                                      blocks_.data());
-    run.add_blocks(tile.data, tile.channel, d_, blocks_.data(), blocks, codes, present_.data(), slots, scale,
-                   partial_.data(), sums_, d_);
+    present_.clear();
+    for (const int32_t k : present) {
+      present_.push_back({k, 0});
+    }
+    const int64_t classes = static_cast<int64_t>(present.size());
+    loops().labels.find_blocks(codes, count, run.lanes, present_.data(), classes, blocks_.data());
+    run.add_blocks(tile.data, tile.channel, d_, blocks_.data(), present_.data(), classes, codes, scale, sums_, d_);
     if (squares_) {  // the norms are one channel more
-      loops_of<A>().add_blocks(norms_.data(), 0, 1, blocks_.data(), blocks, codes, present_.data(), slots, nullptr,
-                               partial_.data(), square_sums_, 1);
+      loops_of<A>().add_blocks(norms_.data(), 0, 1, blocks_.data(), present_.data(), classes, codes, nullptr,
+                               square_sums_, 1);
     }
   }
 
@@ -438,9 +437,8 @@ class TileSums {
   double *sums_, *square_sums_;
   std::vector<A> norms_, scale_;
   std::vector<A> rows_, row_squares_;  // channels inner: a tile's sums, behind a row for the pixels of no class
-  std::vector<int32_t> slots_, present_;
-  std::vector<A> partial_;
-  std::vector<BlockOfClass> blocks_;
+  std::vector<ClassOfBlocks> present_;
+  std::vector<Block> blocks_;
 };
 
 // Weights of the feature pixels [x, x + count) of row i in the sums of each class: rows of the adjoint A, (K, count).

@@ -48,15 +48,18 @@ constexpr int kLanes = VectorOf<A>::lanes;
 using Halves = VectorOf<float>::halves;
 using Bits = Mask<float>;
 
+// A vector anywhere in memory, of any type. Not by memcpy: GCC 12 keeps what a memcpy of 64 bytes touches in memory.
+template <typename V>
+struct Loose {
+  typedef V type __attribute__((aligned(1), may_alias));
+};
 template <typename V>
 inline V load_raw(const void* from) {
-  V v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
+  return *static_cast<const typename Loose<V>::type*>(from);
 }
 template <typename V>
 inline void store_raw(void* to, V v) {
-  __builtin_memcpy(to, &v, sizeof v);
+  *static_cast<typename Loose<V>::type*>(to) = v;
 }
 // One number for every lane.
 template <typename V, typename E>
@@ -226,66 +229,68 @@ void count_codes(const int32_t* codes, int64_t count, int32_t* counts, int64_t p
   }
 }
 
-// Which of `lanes` codes are `label`, a bit each.
-inline uint32_t matches(const int32_t* codes, int64_t lanes, int32_t label) {
+// Which of kCount codes are `label`, a bit each.
+template <int kCount>
+inline uint32_t matches(const int32_t* codes, int32_t label) {
 #if defined(__AVX512F__)
-  if (lanes == 16) {
+  if constexpr (kCount == 16) {
     return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(codes), _mm512_set1_epi32(label));
   }
 #endif
 #if defined(__AVX2__)
-  if (lanes == 8) {
+  if constexpr (kCount == 8) {
     const __m256i found = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i*)codes), _mm256_set1_epi32(label));
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(found)));
   }
 #endif
 #if defined(__SSE2__)
-  if (lanes == 4) {
+  if constexpr (kCount == 4) {
     const __m128i found = _mm_cmpeq_epi32(_mm_loadu_si128((const __m128i*)codes), _mm_set1_epi32(label));
     return static_cast<uint32_t>(_mm_movemask_ps(_mm_castsi128_ps(found)));
   }
 #endif
   uint32_t bits = 0;
-  for (int64_t lane = 0; lane < lanes; ++lane) {
+  for (int64_t lane = 0; lane < kCount; ++lane) {
     bits |= static_cast<uint32_t>(codes[lane] == label) << lane;
   }
   return bits;
 }
 
-int64_t find_blocks(int32_t* codes, int64_t count, int64_t lanes, int32_t* slots, int32_t* present,
-                    int64_t* present_count, BlockOfClass* blocks) {
-  int64_t found = 0, classes = 0;
-  for (int64_t begin = 0; begin < count; begin += lanes) {
-    int64_t pixel = begin, at = begin;
-    if (begin + lanes > count && count >= lanes) {
-      // The last block ends where the tile does; its codes, without the pixels of the block before, stand behind.
-      pixel = count - lanes;
-      at = count;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        codes[at + lane] = pixel + lane >= begin ? codes[pixel + lane] : -1;
-      }
-    } else if (begin + lanes > count) {
-      for (int64_t i = count; i < lanes; ++i) {
-        codes[i] = -1;
-      }
-    }
-    uint32_t left = ((uint32_t{1} << lanes) - 1) & ~matches(codes + at, lanes, -1);
-    while (left != 0) {
-      const int32_t label = codes[at + __builtin_ctz(left)];
-      int32_t slot = slots[label];
-      if (slot < 0) {
-        slot = slots[label] = static_cast<int32_t>(classes);
-        present[classes++] = label;
-      }
-      blocks[found++] = {static_cast<int32_t>(pixel), static_cast<int32_t>(at), label, slot};
-      left &= ~matches(codes + at, lanes, label);
-    }
+// Class by class, without a branch on what the labels are.
+template <int kCount>
+void find_blocks_of(int32_t* codes, int64_t count, ClassOfBlocks* present, int64_t classes, Block* blocks) {
+  const int64_t whole = count / kCount * kCount, rest = count - whole;
+  // A last block that is not whole ends where the tile does; its codes, without the pixels of the block before, stand
+  // behind the tile's. Where the tile is no block in all, pixels of no class complete it.
+  const int64_t last = whole > 0 ? count - kCount : 0, last_codes = whole > 0 ? count : 0;
+  for (int64_t lane = 0; rest > 0 && whole > 0 && lane < kCount; ++lane) {
+    codes[count + lane] = last + lane >= whole ? codes[last + lane] : -1;
   }
+  for (int64_t i = count; whole == 0 && i < kCount; ++i) {
+    codes[i] = -1;
+  }
+  int32_t found = 0;
   for (int64_t slot = 0; slot < classes; ++slot) {
-    slots[present[slot]] = -1;
+    const int32_t label = present[slot].label;
+    for (int64_t i = 0; i < whole; i += kCount) {
+      blocks[found] = {static_cast<int32_t>(i), static_cast<int32_t>(i)};
+      found += matches<kCount>(codes + i, label) != 0;
+    }
+    if (rest > 0) {
+      blocks[found] = {static_cast<int32_t>(last), static_cast<int32_t>(last_codes)};
+      found += matches<kCount>(codes + last_codes, label) != 0;
+    }
+    present[slot].end = found;
   }
-  *present_count = classes;
-  return found;
+}
+
+void find_blocks(int32_t* codes, int64_t count, int64_t lanes, ClassOfBlocks* present, int64_t classes,
+                 Block* blocks) {
+  if (lanes == kLanes<float>) {
+    find_blocks_of<kLanes<float>>(codes, count, present, classes, blocks);
+  } else {
+    find_blocks_of<kLanes<double>>(codes, count, present, classes, blocks);
+  }
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -358,57 +363,60 @@ inline Mask<A> lanes_of(const int32_t* codes, int32_t label) {
   }
 }
 
+// Class by class, so that sums stay in registers: kept in memory by class they cost a store and a load of the same place
+// a block, several times the addition.
 template <typename S, typename A, int kChannels, bool kScaled>
-inline void add_some_blocks(const S* z, int64_t channel, const BlockOfClass* blocks, int64_t count,
-                            const int32_t* codes, const int32_t* present, int64_t slots, const A* scale, A* partial,
-                            double* sums, int64_t stride) {
-  constexpr int kBlock = kLanes<A>;
-  for (int64_t i = 0; i < slots * kChannels; ++i) {
-    store(partial + i * kBlock, Vector<A>{});
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const BlockOfClass block = blocks[i];
-    const Mask<A> mask = lanes_of<A>(codes + block.codes, block.label);
-    A* to = partial + int64_t{block.slot} * kChannels * kBlock;
-    for (int c = 0; c < kChannels; ++c) {
-      Vector<A> v = load(z + c * channel + block.pixel);
+inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, const ClassOfBlocks* present,
+                              int64_t present_count, const int32_t* codes, const A* scale, double* sums,
+                              int64_t stride) {
+  int64_t i = 0;
+  for (int64_t slot = 0; slot < present_count; ++slot) {
+    const int32_t label = present[slot].label;
+    Vector<A> sum[kChannels] = {};
+    for (; i < present[slot].end; ++i) {
+      const Mask<A> mask = lanes_of<A>(codes + blocks[i].codes, label);
+      const S* from = z + blocks[i].pixel;
+      Vector<A> factor;
       if constexpr (kScaled) {
-        v *= load(scale + block.pixel);
+        factor = load(scale + blocks[i].pixel);
       }
-      // masked, not multiplied by zero: a NaN of another class must not spread
-      store(to + c * kBlock, load(to + c * kBlock) + (Vector<A>)((Mask<A>)v & mask));
+      for (int c = 0; c < kChannels; ++c) {
+        Vector<A> v = load(from + c * channel);
+        if constexpr (kScaled) {
+          v *= factor;
+        }
+        sum[c] += (Vector<A>)((Mask<A>)v & mask);  // not multiplied by zero: a NaN of another class must not spread
+      }
     }
-  }
-  for (int64_t slot = 0; slot < slots; ++slot) {
     for (int c = 0; c < kChannels; ++c) {
-      sums[present[slot] * stride + c] += static_cast<double>(total<A>(load(partial + (slot * kChannels + c) * kBlock)));
+      sums[label * stride + c] += static_cast<double>(total<A>(sum[c]));
     }
   }
 }
 
 template <typename S, typename A, bool kScaled>
-inline void add_blocks_of(const S* z, int64_t channel, int64_t d, const BlockOfClass* blocks, int64_t count,
-                          const int32_t* codes, const int32_t* present, int64_t slots, const A* scale, A* partial,
-                          double* sums, int64_t stride) {
+inline void add_all_channels(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
+                             int64_t present_count, const int32_t* codes, const A* scale, double* sums,
+                             int64_t stride) {
+  constexpr int kTogether = 8;  // chains of additions, enough to hide how long one takes
   int64_t c = 0;
-  for (; c + kBlockChannels <= d; c += kBlockChannels) {
-    add_some_blocks<S, A, kBlockChannels, kScaled>(z + c * channel, channel, blocks, count, codes, present, slots,
-                                                   scale, partial, sums + c, stride);
+  for (; c + kTogether <= d; c += kTogether) {
+    add_some_channels<S, A, kTogether, kScaled>(z + c * channel, channel, blocks, present, present_count, codes, scale,
+                                                sums + c, stride);
   }
   for (; c < d; ++c) {
-    add_some_blocks<S, A, 1, kScaled>(z + c * channel, channel, blocks, count, codes, present, slots, scale, partial,
-                                      sums + c, stride);
+    add_some_channels<S, A, 1, kScaled>(z + c * channel, channel, blocks, present, present_count, codes, scale,
+                                        sums + c, stride);
   }
 }
 
 template <typename S, typename A>
-void add_blocks(const S* z, int64_t channel, int64_t d, const BlockOfClass* blocks, int64_t count,
-                const int32_t* codes, const int32_t* present, int64_t slots, const A* scale, A* partial, double* sums,
-                int64_t stride) {
+void add_blocks(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
+                int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride) {
   if (scale != nullptr) {
-    add_blocks_of<S, A, true>(z, channel, d, blocks, count, codes, present, slots, scale, partial, sums, stride);
+    add_all_channels<S, A, true>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride);
   } else {
-    add_blocks_of<S, A, false>(z, channel, d, blocks, count, codes, present, slots, scale, partial, sums, stride);
+    add_all_channels<S, A, false>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride);
   }
 }
 

@@ -18,10 +18,13 @@ struct HalfBits {
   uint16_t bits;
 };
 
-// The pixels of one class within a block of `lanes` neighbouring pixels: those of `pixel` .. `pixel` + lanes - 1 whose
-// code, at `codes` .., is `label`, the tile's `slot`-th class.
-struct BlockOfClass {
-  int32_t pixel, codes, label, slot;
+// Some of `lanes` neighbouring pixels, from `pixel` on: those whose code, from `codes` on, is one class.
+struct Block {
+  int32_t pixel, codes;
+};
+// The blocks of one class in a tile: those from the last class's `end` up to this one's.
+struct ClassOfBlocks {
+  int32_t label, end;
 };
 
 // S: as stored; A: as accumulated, float or double.
@@ -36,11 +39,9 @@ struct ClassSumsLoops {
   void (*square_norms_pixels)(const S* z, int64_t channel, int64_t count, int64_t d, A* out);
   void (*square_norms_channels)(const S* z, int64_t pixel, int64_t count, int64_t d, A* out);
 
-  // sums[k * stride + c] += sum of scale_i z_ci over the blocks; `scale` may be null. `partial` has room for
-  // kBlockChannels blocks a slot.
-  void (*add_blocks)(const S* z, int64_t channel, int64_t d, const BlockOfClass* blocks, int64_t count,
-                     const int32_t* codes, const int32_t* present, int64_t slots, const A* scale, A* partial,
-                     double* sums, int64_t stride);
+  // sums[k * stride + c] += sum of scale_i z_ci over the blocks of each class k; `scale` may be null.
+  void (*add_blocks)(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
+                     int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride);
   // sums[code_i] += scale_i z_i, squares[code_i] += norms_i; `scale` and `norms` may be null. Row -1 gathers the rest.
   void (*add_pixels)(const S* z, int64_t pixel, int64_t count, int64_t d, const int32_t* codes, const A* scale,
                      const A* norms, A* sums, A* squares);
@@ -56,7 +57,6 @@ struct ClassSumsLoops {
   // out = low a + high b
   void (*blend)(const S* a, const S* b, A low, A high, int64_t count, A* out);
 };
-constexpr int64_t kBlockChannels = 4;
 
 struct LabelLoops {
   // Codes of `count` labels; how many are neither a class nor the ignored one.
@@ -65,10 +65,10 @@ struct LabelLoops {
   int64_t (*longs)(const int64_t* labels, int64_t count, int64_t classes, int64_t ignore, int32_t* codes);
   // counts[code_i] += 1; four tables of `classes` + 1, each with a row before its first, `pitch` apart.
   void (*count)(const int32_t* codes, int64_t count, int32_t* counts, int64_t pitch);
-  // The blocks of the classes of `count` pixels, in order; returns how many. `slots` is -1 for every class before and
-  // after; `present` receives the classes met, in order. `codes` has room for two blocks more behind the pixels.
-  int64_t (*find_blocks)(int32_t* codes, int64_t count, int64_t lanes, int32_t* slots, int32_t* present,
-                         int64_t* present_count, BlockOfClass* blocks);
+  // The blocks of `count` pixels, class by class for the `classes` whose labels are in `present`, where `end` is filled
+  // in. `codes` has room for two blocks behind the pixels, `blocks` for a block a pixel and `lanes` more.
+  void (*find_blocks)(int32_t* codes, int64_t count, int64_t lanes, ClassOfBlocks* present, int64_t classes,
+                      Block* blocks);
   // out_i = table[code_i] by bytes of an element; the table holds `classes` + 1 elements, and kPermuted may be read.
   void (*pick16)(const uint16_t* table, int64_t classes, const int32_t* codes, int64_t count, uint16_t* out);
   void (*pick32)(const uint32_t* table, int64_t classes, const int32_t* codes, int64_t count, uint32_t* out);
