@@ -399,12 +399,23 @@ class TileSums {
   // `codes` with room for two blocks behind; `present` are the classes among them.
   template <typename S>
   void add(const Tile<const S>& tile, int64_t count, int32_t* codes, const std::vector<int32_t>& present) {
-    const auto& run = loops_of<S>();
-    if (!norms_.empty() && tile.channels_inner) {
-      run.square_norms_channels(tile.data, tile.pixel, count, d_, norms_.data());
-    } else if (!norms_.empty()) {
-      run.square_norms_pixels(tile.data, tile.channel, count, d_, norms_.data());
+    if (!norms_.empty() && !tile.channels_inner) {
+      tile_.resize(packed_size(count, d_));
+      const Tile<A> kept = packed_tile(tile_.data(), count, d_, false);
+      loops_of<S>().norms_pixels(tile.data, tile.channel, count, d_, norms_.data(), kept.data, kept.channel);
+      return add_kept<A>({kept.data, kept.pixel, kept.channel, false}, count, codes, present);
     }
+    if (!norms_.empty()) {
+      loops_of<S>().norms_channels(tile.data, tile.pixel, count, d_, norms_.data());
+    }
+    add_kept(tile, count, codes, present);
+  }
+
+ private:
+  // With the norms in norms_, where they are asked for.
+  template <typename S>
+  void add_kept(const Tile<const S>& tile, int64_t count, int32_t* codes, const std::vector<int32_t>& present) {
+    const auto& run = loops_of<S>();
     if (normalize_) {
       arithmetic<A>().unit_scales(norms_.data(), count, scale_.data());
     }
@@ -424,18 +435,18 @@ class TileSums {
     }
     const int64_t classes = static_cast<int64_t>(present.size());
     loops().labels.find_blocks(codes, count, run.lanes, present_.data(), classes, blocks_.data());
-    run.add_blocks(tile.data, tile.channel, d_, blocks_.data(), present_.data(), classes, codes, scale, sums_, d_);
+    run.add_blocks(tile.data, tile.channel, d_, blocks_.data(), present_.data(), classes, codes, scale, sums_, d_,
+                   count);
     if (squares_) {  // the norms are one channel more
       loops_of<A>().add_blocks(norms_.data(), 0, 1, blocks_.data(), present_.data(), classes, codes, nullptr,
-                               square_sums_, 1);
+                               square_sums_, 1, count);
     }
   }
 
- private:
   int64_t d_;
   bool normalize_, squares_;
   double *sums_, *square_sums_;
-  std::vector<A> norms_, scale_;
+  std::vector<A> norms_, scale_, tile_;
   std::vector<A> rows_, row_squares_;  // channels inner: a tile's sums, behind a row for the pixels of no class
   std::vector<ClassOfBlocks> present_;
   std::vector<Block> blocks_;
@@ -612,11 +623,11 @@ Totals count_labels(const Labels& labels, const Shape& shape, int64_t ignore) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// Tables of `rows` rows and an empty one before the first, for code kSkip.
+// Tables of `rows` rows and an empty one before the first, for code kSkip; and room for what loops read behind.
 template <typename A>
 class Behind {
  public:
-  Behind(int64_t rows, int64_t width) : offset_(width), numbers_((rows + 1) * width) {}
+  Behind(int64_t rows, int64_t width) : offset_(width), numbers_((rows + 1) * width + kPermuted) {}
   A* data() {
     return numbers_.data() + offset_;
   }
@@ -629,11 +640,11 @@ class Behind {
   std::vector<A> numbers_;
 };
 
-// The upstream gradients by class, in two orders: sums (K, d) for channels inner, and (d, K + 1), each row behind a
-// zero, for pixels inner; squares (K,).
+// The upstream gradients by class, in two orders: sums (K, d) for channels inner, and (d, K), each row behind a
+// zero and `pitch` from the last, for pixels inner; squares (K,).
 template <typename A>
 struct Upstream {
-  int64_t classes, channels;
+  int64_t classes, channels, pitch;
   Behind<A> by_class, squares;
   std::vector<A> channel_rows;
   bool with_squares;
@@ -641,9 +652,10 @@ struct Upstream {
   Upstream(const std::optional<Tensor>& grad_sums, const std::optional<Tensor>& grad_squares, const Shape& shape)
       : classes(shape.classes),
         channels(shape.channels),
+        pitch(std::max(classes + 1, kPermuted)),
         by_class(classes, channels),
         squares(classes, 1),
-        channel_rows(channels * (classes + 1)),
+        channel_rows(channels * pitch),
         with_squares(grad_squares.has_value()) {
     for (int64_t k = 0; grad_squares && k < classes; ++k) {
       squares.data()[k] = static_cast<const A*>(grad_squares->const_data_ptr())[k * grad_squares->stride(0)];
@@ -651,13 +663,13 @@ struct Upstream {
     for (int64_t k = 0; grad_sums && k < classes; ++k) {
       const A* row = static_cast<const A*>(grad_sums->const_data_ptr()) + k * grad_sums->stride(0);
       for (int64_t c = 0; c < channels; ++c) {
-        by_class.data()[k * channels + c] = channel_rows[c * (classes + 1) + 1 + k] = row[c * grad_sums->stride(1)];
+        by_class.data()[k * channels + c] = channel_rows[c * pitch + 1 + k] = row[c * grad_sums->stride(1)];
       }
     }
   }
   // Element k is class k's.
   const A* of_channel(int64_t c) const {
-    return channel_rows.data() + c * (classes + 1) + 1;
+    return channel_rows.data() + c * pitch + 1;
   }
 };
 
@@ -666,7 +678,7 @@ template <typename A>
 class TileGradient {
  public:
   TileGradient(const Upstream<A>& upstream, bool normalize, int64_t pixels)
-      : upstream_(upstream), normalize_(normalize), scratch_(4 * pixels) {}
+      : upstream_(upstream), normalize_(normalize), scratch_((4 + upstream.channels) * pixels) {}
 
   template <typename S>
   void compute(const Tile<const S>& z, const int32_t* codes, int64_t count, const Tile<A>& out) {
@@ -676,8 +688,8 @@ class TileGradient {
                                       upstream_.squares.data(), normalize_, out.data, out.pixel);
     } else {
       loops_of<S>().gradient_pixels(z.data, z.channel, count, d, codes, upstream_.of_channel(0),
-                                    upstream_.squares.data(), upstream_.classes, normalize_, scratch_.data(), out.data,
-                                    out.channel);
+                                    upstream_.pitch, upstream_.squares.data(), upstream_.classes, normalize_,
+                                    scratch_.data(), out.data, out.channel);
     }
   }
 
@@ -813,7 +825,7 @@ void backward_plain(const Labels& labels, const Shape& given, int64_t ignore,
         }
       }
       for (int64_t c = first; !channels_inner && c < std::min(first + group, d); ++c) {
-        const T* table = rows.channel_rows.data() + c * (shape.classes + 1) + 1;
+        const T* table = rows.channel_rows.data() + c * upstream.pitch + 1;
         T* plane = to + c * gradient.channel;
         if (gradient.column == 1) {
           pick(table, shape.classes, codes.data(), count, plane);

@@ -19,6 +19,8 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 
+// A hardware prefetcher follows the rows of a tile no further than each goes: this many are asked for ahead.
+constexpr int64_t kAheadChannels = 4;
 // A row no longer than this counts as zero, as in ../../common/tensors.h.
 constexpr double kZeroNorm = 1e-12;
 
@@ -296,34 +298,32 @@ void find_blocks(int32_t* codes, int64_t count, int64_t lanes, ClassOfBlocks* pr
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <typename S, typename A>
-void square_norms_pixels(const S* z, int64_t channel, int64_t count, int64_t d, A* out) {
-  // Four blocks of pixels at a time, in registers over all channels.
-  constexpr int64_t kStep = 4 * kLanes<A>;
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    Vector<A> norms[4] = {};
-    for (int64_t c = 0; c < d; ++c) {
-      for (int64_t j = 0; j < 4; ++j) {
-        const Vector<A> v = load(z + c * channel + i + j * kLanes<A>);
-        norms[j] += v * v;
-      }
-    }
-    for (int64_t j = 0; j < 4; ++j) {
-      store(out + i + j * kLanes<A>, norms[j]);
-    }
+void norms_pixels(const S* z, int64_t channel, int64_t count, int64_t d, A* norms, A* tile, int64_t pitch) {
+  for (int64_t i = 0; i < count; ++i) {
+    norms[i] = 0;
   }
-  for (; i < count; i += kLanes<A>) {
-    Vector<A> norms = {};
-    for (int64_t c = 0; c < d; ++c) {
-      const Vector<A> v = load_some<A>(z + c * channel + i, count - i);
-      norms += v * v;
+  const int64_t whole = count / kLanes<A> * kLanes<A>;
+  for (int64_t c = 0; c < d; ++c) {
+    const S* row = z + c * channel;
+    A* copy = tile + c * pitch;
+    for (int64_t i = 0; i < whole; i += kLanes<A>) {
+      if (c + kAheadChannels < d) {
+        __builtin_prefetch(row + kAheadChannels * channel + i);
+      }
+      const Vector<A> v = load(row + i);
+      store(copy + i, v);
+      store(norms + i, load(norms + i) + v * v);
     }
-    store_some<A>(out + i, count - i, norms);
+    if (whole < count) {
+      const Vector<A> v = load_some<A>(row + whole, count - whole);
+      store_some<A>(copy + whole, count - whole, v);
+      store_some<A>(norms + whole, count - whole, load_some<A>(norms + whole, count - whole) + v * v);
+    }
   }
 }
 
 template <typename S, typename A>
-void square_norms_channels(const S* z, int64_t pixel, int64_t count, int64_t d, A* out) {
+void norms_channels(const S* z, int64_t pixel, int64_t count, int64_t d, A* out) {
   for (int64_t i = 0; i < count; ++i) {
     const S* row = z + i * pixel;
     Vector<A> sum = {};
@@ -368,7 +368,10 @@ inline Mask<A> lanes_of(const int32_t* codes, int32_t label) {
 template <typename S, typename A, int kChannels, bool kScaled>
 inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, const ClassOfBlocks* present,
                               int64_t present_count, const int32_t* codes, const A* scale, double* sums,
-                              int64_t stride) {
+                              int64_t stride, const S* ahead, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  const S* const ahead_end = ahead == nullptr ? nullptr : ahead + kChannels * channel;
+  int64_t line = 0;
   int64_t i = 0;
   for (int64_t slot = 0; slot < present_count; ++slot) {
     const int32_t label = present[slot].label;
@@ -376,6 +379,16 @@ inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, 
     for (; i < present[slot].end; ++i) {
       const Mask<A> mask = lanes_of<A>(codes + blocks[i].codes, label);
       const S* from = z + blocks[i].pixel;
+      if (ahead != ahead_end) {
+        for (int j = 0; j < 4; ++j) {
+          __builtin_prefetch(ahead + line + j * kLine);
+        }
+        line += 4 * kLine;
+        if (line >= count) {
+          line = 0;
+          ahead += channel;
+        }
+      }
       Vector<A> factor;
       if constexpr (kScaled) {
         factor = load(scale + blocks[i].pixel);
@@ -397,26 +410,26 @@ inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, 
 template <typename S, typename A, bool kScaled>
 inline void add_all_channels(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
                              int64_t present_count, const int32_t* codes, const A* scale, double* sums,
-                             int64_t stride) {
+                             int64_t stride, int64_t count) {
   constexpr int kTogether = 8;  // chains of additions, enough to hide how long one takes
   int64_t c = 0;
   for (; c + kTogether <= d; c += kTogether) {
     add_some_channels<S, A, kTogether, kScaled>(z + c * channel, channel, blocks, present, present_count, codes, scale,
-                                                sums + c, stride);
+                                                sums + c, stride, c + 2 * kTogether <= d ? z + (c + kTogether) * channel : nullptr, count);
   }
   for (; c < d; ++c) {
     add_some_channels<S, A, 1, kScaled>(z + c * channel, channel, blocks, present, present_count, codes, scale,
-                                        sums + c, stride);
+                                        sums + c, stride, nullptr, count);
   }
 }
 
 template <typename S, typename A>
 void add_blocks(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
-                int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride) {
+                int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride, int64_t count) {
   if (scale != nullptr) {
-    add_all_channels<S, A, true>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride);
+    add_all_channels<S, A, true>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride, count);
   } else {
-    add_all_channels<S, A, false>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride);
+    add_all_channels<S, A, false>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride, count);
   }
 }
 
@@ -458,12 +471,13 @@ void pick(const U* table, [[maybe_unused]] int64_t classes, const int32_t* codes
 #if defined(__AVX512F__) || defined(__AVX2__)
   if constexpr (sizeof(U) <= 4) {
     if (classes + 1 <= kPermuted) {
-      int32_t entries[kPermuted];
-      for (int64_t entry = 0; entry < kPermuted; ++entry) {
-        entries[entry] = entry <= classes ? static_cast<int32_t>(table[entry - 1]) : 0;
-      }
 #if defined(__AVX512F__)
-      const __m512i all = _mm512_loadu_si512(entries);
+      __m512i all;
+      if constexpr (sizeof(U) == 4) {
+        all = _mm512_loadu_si512(table - 1);
+      } else {
+        all = _mm512_maskz_cvtepu16_epi32(kAllLanes, _mm256_loadu_si256((const __m256i*)(table - 1)));
+      }
       for (; i + 16 <= count; i += 16) {
         const __m512i which = _mm512_add_epi32(_mm512_loadu_si512(codes + i), _mm512_set1_epi32(1));
         const __m512i picked = _mm512_maskz_permutexvar_epi32(kAllLanes, which, all);
@@ -474,8 +488,14 @@ void pick(const U* table, [[maybe_unused]] int64_t classes, const int32_t* codes
         }
       }
 #else
-      const __m256i low = _mm256_loadu_si256((const __m256i*)entries);
-      const __m256i high = _mm256_loadu_si256((const __m256i*)(entries + 8));
+      __m256i low, high;
+      if constexpr (sizeof(U) == 4) {
+        low = _mm256_loadu_si256((const __m256i*)(table - 1));
+        high = _mm256_loadu_si256((const __m256i*)(table + 7));
+      } else {
+        low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(table - 1)));
+        high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(table + 7)));
+      }
       for (; i + 8 <= count; i += 8) {
         const __m256i which = _mm256_add_epi32(_mm256_loadu_si256((const __m256i*)(codes + i)), _mm256_set1_epi32(1));
         const __m256i above = _mm256_cmpgt_epi32(which, _mm256_set1_epi32(7));
@@ -521,47 +541,57 @@ inline void row_factors(A square, A projection, A q, bool normalize, A& alpha, A
 
 template <typename S, typename A>
 void gradient_pixels(const S* z, int64_t channel, int64_t count, int64_t d, const int32_t* codes, const A* by_channel,
-                     const A* grad_squares, int64_t classes, bool normalize, A* scratch, A* out, int64_t out_channel) {
-  A *square = scratch, *projection = scratch + count, *g = scratch + 2 * count, *q = scratch + 3 * count;
+                     int64_t pitch, const A* grad_squares, int64_t classes, bool normalize, A* scratch, A* out, int64_t out_channel) {
+  A *alpha = scratch, *beta = scratch + count, *g = scratch + 2 * count, *q = scratch + 3 * count;
+  A* tile = scratch + 4 * count;  // the copy that norms_pixels says why
+  const int64_t whole = count / kLanes<A> * kLanes<A>;
   for (int64_t i = 0; i < 2 * count; ++i) {
     scratch[i] = 0;
   }
+  // |z|^2 into alpha, g.z into beta
   for (int64_t c = 0; normalize && c < d; ++c) {
-    pick_numbers(by_channel + c * (classes + 1), classes, codes, count, g);
+    pick_numbers(by_channel + c * pitch, classes, codes, count, g);
     const S* row = z + c * channel;
-    for (int64_t i = 0; i < count; i += kLanes<A>) {
-      const int64_t left = count - i;
-      const Vector<A> v = load_some<A>(row + i, left);
-      store_some<A>(square + i, left, load_some<A>(square + i, left) + v * v);
-      store_some<A>(projection + i, left, load_some<A>(projection + i, left) + v * load_some<A>(g + i, left));
+    A* copy = tile + c * count;
+    for (int64_t i = 0; i < whole; i += kLanes<A>) {
+      if (c + kAheadChannels < d) {
+        __builtin_prefetch(row + kAheadChannels * channel + i);
+      }
+      const Vector<A> v = load(row + i);
+      store(copy + i, v);
+      store(alpha + i, load(alpha + i) + v * v);
+      store(beta + i, load(beta + i) + v * load(g + i));
+    }
+    if (whole < count) {
+      const int64_t left = count - whole;
+      const Vector<A> v = load_some<A>(row + whole, left);
+      store_some<A>(copy + whole, left, v);
+      store_some<A>(alpha + whole, left, load_some<A>(alpha + whole, left) + v * v);
+      store_some<A>(beta + whole, left, load_some<A>(beta + whole, left) + v * load_some<A>(g + whole, left));
     }
   }
   pick_numbers(grad_squares, classes, codes, count, q);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    A alpha, beta;
-    row_factors(square[i], projection[i], q[i], normalize, alpha, beta);
-    square[i] = alpha;  // the buffers are done with: they carry alpha and beta from here on
-    projection[i] = beta;
+    A own_alpha, own_beta;
+    row_factors(alpha[i], beta[i], q[i], normalize, own_alpha, own_beta);
+    alpha[i] = own_alpha;
+    beta[i] = own_beta;
   }
   for (int64_t c = 0; c < d; ++c) {
-    pick_numbers(by_channel + c * (classes + 1), classes, codes, count, g);
-    const S* row = z + c * channel;
+    pick_numbers(by_channel + c * pitch, classes, codes, count, g);
+    const A* copy = tile + c * count;
+    if (!normalize) {
+      widen_all<S, A>(z + c * channel, count, tile);
+      copy = tile;
+    }
     A* to = out + c * out_channel;
-    int64_t i = 0;
-    for (; i + kLanes<A> <= count; i += kLanes<A>) {
-      const Vector<A> v = load(square + i) * load(g + i) + load(projection + i) * load(row + i);
+    for (int64_t i = 0; i < whole; i += kLanes<A>) {
+      const Vector<A> v = load(alpha + i) * load(g + i) + load(beta + i) * load(copy + i);
       store(to + i, (Vector<A>)((Mask<A>)v & ~lanes_of<A>(codes + i, -1)));
     }
-    if (i < count) {
-      const int64_t left = count - i;
-      const Vector<A> v = load_some<A>(square + i, left) * load_some<A>(g + i, left) +
-                          load_some<A>(projection + i, left) * load_some<A>(row + i, left);
-      A block[kLanes<A>];
-      store(block, v);
-      for (int64_t lane = 0; lane < left; ++lane) {
-        to[i + lane] = codes[i + lane] < 0 ? A(0) : block[lane];
-      }
+    for (int64_t i = whole; i < count; ++i) {
+      to[i] = codes[i] < 0 ? A(0) : alpha[i] * g[i] + beta[i] * copy[i];
     }
   }
 }
@@ -618,8 +648,8 @@ constexpr ClassSumsLoops<S, A> loops() {
   return {kLanes<A>,
           widen_all<S, A>,
           narrow_all<S, A>,
-          square_norms_pixels<S, A>,
-          square_norms_channels<S, A>,
+          norms_pixels<S, A>,
+          norms_channels<S, A>,
           add_blocks<S, A>,
           add_pixels<S, A>,
           gradient_pixels<S, A>,

@@ -35,22 +35,24 @@ struct ClassSumsLoops {
   void (*widen)(const S* from, int64_t count, A* to);
   void (*narrow)(const A* from, int64_t count, S* to);
 
-  // Squared norms of `count` pixels.
-  void (*square_norms_pixels)(const S* z, int64_t channel, int64_t count, int64_t d, A* out);
-  void (*square_norms_channels)(const S* z, int64_t pixel, int64_t count, int64_t d, A* out);
+  // Squared norms of `count` pixels. With pixels inner, channels of an image often lie a power of two apart, where no
+  // cache holds a tile of them: it is copied, channel c to tile + c * pitch.
+  void (*norms_pixels)(const S* z, int64_t channel, int64_t count, int64_t d, A* norms, A* tile, int64_t pitch);
+  void (*norms_channels)(const S* z, int64_t pixel, int64_t count, int64_t d, A* norms);
 
   // sums[k * stride + c] += sum of scale_i z_ci over the blocks of each class k; `scale` may be null.
   void (*add_blocks)(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
-                     int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride);
+                     int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride,
+                     int64_t count);
   // sums[code_i] += scale_i z_i, squares[code_i] += norms_i; `scale` and `norms` may be null. Row -1 gathers the rest.
   void (*add_pixels)(const S* z, int64_t pixel, int64_t count, int64_t d, const int32_t* codes, const A* scale,
                      const A* norms, A* sums, A* squares);
 
   // Gradient of a tile's rows, alpha_i g_k + beta_i z_i; see row_factors in class_sums.cpp of this folder.
-  // `by_channel` is (d, classes + 1), `scratch` holds 4 x count.
+  // Row c of `by_channel` is a table for pick, `pitch` behind the last; `scratch` holds (4 + d) x count.
   void (*gradient_pixels)(const S* z, int64_t channel, int64_t count, int64_t d, const int32_t* codes,
-                          const A* by_channel, const A* grad_squares, int64_t classes, bool normalize, A* scratch,
-                          A* out, int64_t out_channel);
+                          const A* by_channel, int64_t pitch, const A* grad_squares, int64_t classes, bool normalize,
+                          A* scratch, A* out, int64_t out_channel);
   void (*gradient_channels)(const S* z, int64_t pixel, int64_t count, int64_t d, const int32_t* codes,
                             const A* by_class, const A* grad_squares, bool normalize, A* out, int64_t out_pixel);
 
@@ -69,7 +71,7 @@ struct LabelLoops {
   // in. `codes` has room for two blocks behind the pixels, `blocks` for a block a pixel and `lanes` more.
   void (*find_blocks)(int32_t* codes, int64_t count, int64_t lanes, ClassOfBlocks* present, int64_t classes,
                       Block* blocks);
-  // out_i = table[code_i] by bytes of an element; the table holds `classes` + 1 elements, and kPermuted may be read.
+  // out_i = table[code_i] by bytes of an element; from table[-1] on kPermuted may be read.
   void (*pick16)(const uint16_t* table, int64_t classes, const int32_t* codes, int64_t count, uint16_t* out);
   void (*pick32)(const uint32_t* table, int64_t classes, const int32_t* codes, int64_t count, uint32_t* out);
   void (*pick64)(const uint64_t* table, int64_t classes, const int32_t* codes, int64_t count, uint64_t* out);
