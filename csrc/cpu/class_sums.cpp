@@ -399,23 +399,12 @@ class TileSums {
   // `codes` with room for two blocks behind; `present` are the classes among them.
   template <typename S>
   void add(const Tile<const S>& tile, int64_t count, int32_t* codes, const std::vector<int32_t>& present) {
-    if (!norms_.empty() && !tile.channels_inner) {
-      tile_.resize(packed_size(count, d_));
-      const Tile<A> kept = packed_tile(tile_.data(), count, d_, false);
-      loops_of<S>().norms_pixels(tile.data, tile.channel, count, d_, norms_.data(), kept.data, kept.channel);
-      return add_kept<A>({kept.data, kept.pixel, kept.channel, false}, count, codes, present);
-    }
-    if (!norms_.empty()) {
-      loops_of<S>().norms_channels(tile.data, tile.pixel, count, d_, norms_.data());
-    }
-    add_kept(tile, count, codes, present);
-  }
-
- private:
-  // With the norms in norms_, where they are asked for.
-  template <typename S>
-  void add_kept(const Tile<const S>& tile, int64_t count, int32_t* codes, const std::vector<int32_t>& present) {
     const auto& run = loops_of<S>();
+    if (!norms_.empty() && tile.channels_inner) {
+      run.norms_channels(tile.data, tile.pixel, count, d_, norms_.data());
+    } else if (!norms_.empty()) {
+      run.norms_pixels(tile.data, tile.channel, count, d_, norms_.data());
+    }
     if (normalize_) {
       arithmetic<A>().unit_scales(norms_.data(), count, scale_.data());
     }
@@ -443,10 +432,11 @@ class TileSums {
     }
   }
 
+ private:
   int64_t d_;
   bool normalize_, squares_;
   double *sums_, *square_sums_;
-  std::vector<A> norms_, scale_, tile_;
+  std::vector<A> norms_, scale_;
   std::vector<A> rows_, row_squares_;  // channels inner: a tile's sums, behind a row for the pixels of no class
   std::vector<ClassOfBlocks> present_;
   std::vector<Block> blocks_;

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from in2nect import native
+from in2nect import native, ops
+from in2nect.ops.backend import use_backend
 
 pytestmark = pytest.mark.skipif(not native.available("cpp"), reason=f"cpp backend: {native.why_not('cpp')}")
 
@@ -134,6 +135,49 @@ def test_grids_and_layouts(grids: tuple, layout: str, normalize: bool, squares: 
 def test_dtypes(ratio: int, dtype: torch.dtype, layout: str, normalize: bool, squares: bool) -> None:
     features = make_features((2, 16, 24, 20), layout, dtype)
     check(features, make_labels((2, 24 * ratio, 20 * ratio), 7), 7, normalize, squares)
+
+
+@pytest.mark.parametrize("capability", native.available_cpu_capabilities())
+def test_every_capability(capability: str) -> None:
+    """Each build of the loops, with whole vectors and without, tables that fit into registers and not."""
+    with native.use_cpu_capability(capability):
+        for layout, dtype, (normalize, squares) in itertools.product(LAYOUTS[:3], DTYPES, MODES):
+            for (dim, height, width), num_classes in (((16, 12, 29), 7), ((35, 3, 41), 20), ((9, 1, 1), 2)):
+                for ratio in (1, 2):
+                    features = make_features((2, dim, height, width), layout, dtype)
+                    labels = make_labels((2, height * ratio, width * ratio), num_classes)
+                    check(features, labels, num_classes, normalize, squares)
+
+
+@pytest.mark.parametrize("capability", native.available_cpu_capabilities())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_a_low_precision_is_kept(dtype: torch.dtype, capability: str) -> None:
+    """Each finite one as a class of one pixel: its sum is itself, and so is the gradient that it becomes."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    labels = torch.arange(len(values))[None, None]
+    for features in (values[None, None, None], values[None, :, None, None].mT.transpose(1, 3)):
+        with native.use_cpu_capability(capability):
+            sums = torch.ops.in2nect_cpp.class_sums(features, labels, len(values), -1, False, False)[0]
+            back = torch.ops.in2nect_cpp.class_sums_backward(sums, None, features, labels, -1, False)
+        assert torch.equal(sums[:, 0], values.float())
+        assert torch.equal(back.flatten(), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_strays_are_counted(ratio: int, dtype: torch.dtype) -> None:
+    features = make_features((2, 3, 6, 7), "contiguous", torch.float32)
+    labels = make_labels((2, 6 * ratio, 7 * ratio), 3, dtype)
+    labels[0, 0, :3], labels[1, -1, -1] = 3, 254
+    for given in (labels, labels.mT.contiguous().mT):
+        for normalize, squares in MODES:
+            assert torch.ops.in2nect_cpp.class_sums(features, given, 3, IGNORE, normalize, squares)[3] == 4
+    with use_backend("cpp"), pytest.raises(ValueError, match=r"labels hold 3 \(3 pixels\), 254 \(1 pixels\)"):
+        ops.class_sums(features, labels, 3)
+    if ratio > 1:  # labels that no cell picks are checked too
+        with use_backend("cpp"), pytest.raises(ValueError, match=r"labels hold 3 \(3 pixels\), 254 \(1 pixels\)"):
+            ops.class_sums(features, labels, 3, resolution="feature")
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 64])

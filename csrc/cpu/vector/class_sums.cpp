@@ -297,28 +297,30 @@ void find_blocks(int32_t* codes, int64_t count, int64_t lanes, ClassOfBlocks* pr
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
+// Four blocks of pixels over all channels, in registers, before the next four: loads that do not wait for one another.
 template <typename S, typename A>
-void norms_pixels(const S* z, int64_t channel, int64_t count, int64_t d, A* norms, A* tile, int64_t pitch) {
-  for (int64_t i = 0; i < count; ++i) {
-    norms[i] = 0;
-  }
-  const int64_t whole = count / kLanes<A> * kLanes<A>;
-  for (int64_t c = 0; c < d; ++c) {
-    const S* row = z + c * channel;
-    A* copy = tile + c * pitch;
-    for (int64_t i = 0; i < whole; i += kLanes<A>) {
-      if (c + kAheadChannels < d) {
-        __builtin_prefetch(row + kAheadChannels * channel + i);
+void norms_pixels(const S* z, int64_t channel, int64_t count, int64_t d, A* norms) {
+  constexpr int64_t kStep = 4 * kLanes<A>;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    Vector<A> sums[4] = {};
+    for (int64_t c = 0; c < d; ++c) {
+      for (int64_t j = 0; j < 4; ++j) {
+        const Vector<A> v = load(z + c * channel + i + j * kLanes<A>);
+        sums[j] += v * v;
       }
-      const Vector<A> v = load(row + i);
-      store(copy + i, v);
-      store(norms + i, load(norms + i) + v * v);
     }
-    if (whole < count) {
-      const Vector<A> v = load_some<A>(row + whole, count - whole);
-      store_some<A>(copy + whole, count - whole, v);
-      store_some<A>(norms + whole, count - whole, load_some<A>(norms + whole, count - whole) + v * v);
+    for (int64_t j = 0; j < 4; ++j) {
+      store(norms + i + j * kLanes<A>, sums[j]);
     }
+  }
+  for (; i < count; i += kLanes<A>) {
+    Vector<A> sum = {};
+    for (int64_t c = 0; c < d; ++c) {
+      const Vector<A> v = load_some<A>(z + c * channel + i, count - i);
+      sum += v * v;
+    }
+    store_some<A>(norms + i, count - i, sum);
   }
 }
 
@@ -368,8 +370,10 @@ inline Mask<A> lanes_of(const int32_t* codes, int32_t label) {
 template <typename S, typename A, int kChannels, bool kScaled>
 inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, const ClassOfBlocks* present,
                               int64_t present_count, const int32_t* codes, const A* scale, double* sums,
-                              int64_t stride, const S* ahead, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(S);
+                              int64_t stride, const S* ahead, int64_t pixels) {
+  // Meanwhile the next channels are asked for, from `ahead` on, a few lines a block: rows of a tile are too short for
+  // a hardware prefetcher to hide what each costs to begin.
+  constexpr int64_t kLines = 4, kLine = 64 / sizeof(S);
   const S* const ahead_end = ahead == nullptr ? nullptr : ahead + kChannels * channel;
   int64_t line = 0;
   int64_t i = 0;
@@ -380,11 +384,11 @@ inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, 
       const Mask<A> mask = lanes_of<A>(codes + blocks[i].codes, label);
       const S* from = z + blocks[i].pixel;
       if (ahead != ahead_end) {
-        for (int j = 0; j < 4; ++j) {
+        for (int64_t j = 0; j < kLines; ++j) {
           __builtin_prefetch(ahead + line + j * kLine);
         }
-        line += 4 * kLine;
-        if (line >= count) {
+        line += kLines * kLine;
+        if (line >= pixels) {
           line = 0;
           ahead += channel;
         }
@@ -410,26 +414,28 @@ inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, 
 template <typename S, typename A, bool kScaled>
 inline void add_all_channels(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
                              int64_t present_count, const int32_t* codes, const A* scale, double* sums,
-                             int64_t stride, int64_t count) {
+                             int64_t stride, int64_t pixels) {
   constexpr int kTogether = 8;  // chains of additions, enough to hide how long one takes
   int64_t c = 0;
   for (; c + kTogether <= d; c += kTogether) {
+    const S* ahead = c + 2 * kTogether <= d ? z + (c + kTogether) * channel : nullptr;
     add_some_channels<S, A, kTogether, kScaled>(z + c * channel, channel, blocks, present, present_count, codes, scale,
-                                                sums + c, stride, c + 2 * kTogether <= d ? z + (c + kTogether) * channel : nullptr, count);
+                                                sums + c, stride, ahead, pixels);
   }
   for (; c < d; ++c) {
     add_some_channels<S, A, 1, kScaled>(z + c * channel, channel, blocks, present, present_count, codes, scale,
-                                        sums + c, stride, nullptr, count);
+                                        sums + c, stride, nullptr, pixels);
   }
 }
 
 template <typename S, typename A>
 void add_blocks(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
-                int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride, int64_t count) {
+                int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride,
+                int64_t pixels) {
   if (scale != nullptr) {
-    add_all_channels<S, A, true>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride, count);
+    add_all_channels<S, A, true>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride, pixels);
   } else {
-    add_all_channels<S, A, false>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride, count);
+    add_all_channels<S, A, false>(z, channel, d, blocks, present, present_count, codes, scale, sums, stride, pixels);
   }
 }
 
@@ -543,7 +549,7 @@ template <typename S, typename A>
 void gradient_pixels(const S* z, int64_t channel, int64_t count, int64_t d, const int32_t* codes, const A* by_channel,
                      int64_t pitch, const A* grad_squares, int64_t classes, bool normalize, A* scratch, A* out, int64_t out_channel) {
   A *alpha = scratch, *beta = scratch + count, *g = scratch + 2 * count, *q = scratch + 3 * count;
-  A* tile = scratch + 4 * count;  // the copy that norms_pixels says why
+  A* tile = scratch + 4 * count;  // channels a power of two apart share their places in a cache: it keeps a copy
   const int64_t whole = count / kLanes<A> * kLanes<A>;
   for (int64_t i = 0; i < 2 * count; ++i) {
     scratch[i] = 0;

@@ -35,15 +35,15 @@ struct ClassSumsLoops {
   void (*widen)(const S* from, int64_t count, A* to);
   void (*narrow)(const A* from, int64_t count, S* to);
 
-  // Squared norms of `count` pixels. With pixels inner, channels of an image often lie a power of two apart, where no
-  // cache holds a tile of them: it is copied, channel c to tile + c * pitch.
-  void (*norms_pixels)(const S* z, int64_t channel, int64_t count, int64_t d, A* norms, A* tile, int64_t pitch);
+  // Squared norms of `count` pixels.
+  void (*norms_pixels)(const S* z, int64_t channel, int64_t count, int64_t d, A* norms);
   void (*norms_channels)(const S* z, int64_t pixel, int64_t count, int64_t d, A* norms);
 
-  // sums[k * stride + c] += sum of scale_i z_ci over the blocks of each class k; `scale` may be null.
+  // sums[k * stride + c] += sum of scale_i z_ci over the blocks of each class k, of a tile of
+  // `pixels`; `scale` may be null.
   void (*add_blocks)(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
                      int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride,
-                     int64_t count);
+                     int64_t pixels);
   // sums[code_i] += scale_i z_i, squares[code_i] += norms_i; `scale` and `norms` may be null. Row -1 gathers the rest.
   void (*add_pixels)(const S* z, int64_t pixel, int64_t count, int64_t d, const int32_t* codes, const A* scale,
                      const A* norms, A* sums, A* squares);
