@@ -21,6 +21,8 @@ constexpr int kBytes = 16;
 
 // A hardware prefetcher follows the rows of a tile no further than each goes: this many are asked for ahead.
 constexpr int64_t kAheadChannels = 4;
+// How far ahead a stream of rows is asked for: a hardware prefetcher stops at the end of each page of 4 KiB.
+constexpr int64_t kAheadBytes = 4096;
 // A row no longer than this counts as zero, as in ../../common/tensors.h.
 constexpr double kZeroNorm = 1e-12;
 
@@ -418,7 +420,8 @@ inline void add_all_channels(const S* z, int64_t channel, int64_t d, const Block
   constexpr int kTogether = 8;  // chains of additions, enough to hide how long one takes
   int64_t c = 0;
   for (; c + kTogether <= d; c += kTogether) {
-    const S* ahead = c + 2 * kTogether <= d ? z + (c + kTogether) * channel : nullptr;
+    // behind the last channels the first of the tile that mostly comes next
+    const S* ahead = c + 2 * kTogether <= d ? z + (c + kTogether) * channel : z + pixels;
     add_some_channels<S, A, kTogether, kScaled>(z + c * channel, channel, blocks, present, present_count, codes, scale,
                                                 sums + c, stride, ahead, pixels);
   }
@@ -448,6 +451,7 @@ void add_pixels(const S* z, int64_t pixel, int64_t count, int64_t d, const int32
     const Vector<A> factor = all<Vector<A>>(scale != nullptr ? scale[i] : A(1));
     int64_t c = 0;
     for (; c + kLanes<A> <= d; c += kLanes<A>) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row + c) + kAheadBytes);
       store(to + c, load(to + c) + factor * load(row + c));
     }
     if (c < d) {
