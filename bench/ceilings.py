@@ -1,8 +1,9 @@
 """What the machine can do, measured in the run itself, and from it the time below which no implementation of a problem
 can be: the bound.
 
-Ceilings: bytes a second of a large copy (read and written) and of a large sum (read alone), floating-point operations a second of a large torch.mm in
-the dtype, exponentials a second of a loop in registers (CUDA) or in cache (CPU). About two seconds.
+Ceilings: bytes a second of a large copy (read and written) and of a large sum (read alone), floating-point operations
+a second of a large torch.mm in the dtype, exponentials a second of a loop in registers (CUDA) or in cache (CPU). About
+two seconds.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def least_work(problem: Problem) -> tuple[Work, Work]:
     ``sampled`` is that with N = M = K m after the class sums, whose bytes it adds; ``moments``, per pixel:
         forward   d^2 (its part of a symmetric M2, by half) + 2 K d (K logits), K exponentials
         backward  2 d^2 (one d x d product) + 4 K d (the logits again, and the mean of the centres), K exponentials
-    ``class_sums`` and ``gather_rows`` move bytes: features and labels in, sums out; labels in, the gradient out. Those of
-    ``class_sums`` go one way almost all: what it reads counts at the rate of a sum, what it writes at that of a copy.
+    ``class_sums`` and ``gather_rows`` move bytes: features and labels in, sums out; labels in, the gradient out.
+    Those of ``class_sums`` go one way almost all: what it reads counts at the rate of a sum, what it writes at that of
+    a copy.
     """
     s = torch.finfo(problem.dtype).bits // 8
     wide = max(s, 4)  # bytes of sums, log D and gathered rows
@@ -188,8 +190,8 @@ def _copy(device: torch.device) -> tuple[int, float]:
 
 
 def _sum(device: torch.device) -> tuple[int, float]:
-    """Of float32; on the CPU a row a thread, each streamed from end to end. Beside a loop of AVX-512 loads and additions
-    in C on two Zen 5 cores, 45 GB/s: rows 49, torch.sum of all at once 42."""
+    """Of float32; on the CPU a row a thread, each streamed from end to end. On two Zen 5 cores 49 GB/s, where a loop of
+    AVX-512 loads and additions in C comes to 45 and torch.sum of all at once to 42."""
     rows = torch.get_num_threads() if device.type == "cpu" else 1
     size = COPY_BYTES[device.type]
     if device.type == "cuda":

@@ -561,7 +561,9 @@ Totals sum_rows(Features<const T> z, const Labels& labels, const Shape& given, i
       const auto [b, y, x, count] = segments[unit];
       totals.strays[chunk] += codes.read(b, y, x, count);
       counter.add(codes.data(), count, totals.counts_of(chunk));
-      const auto add = [&, pixels = count](const auto& tile) { sums.add(tile, pixels, codes.data(), counter.present()); };
+      const auto add = [&, pixels = count](const auto& tile) {
+        sums.add(tile, pixels, codes.data(), counter.present());
+      };
       if (shape.same_grid()) {
         reader.read(b, y, x, count, add);
       } else {

@@ -255,8 +255,8 @@ def _axis_weights(pixels: int, cells: int, like: Tensor) -> Tensor:
 
 
 def _native(namespace: str, name: str) -> Callable[..., Any]:
-    """The compiled operator; the CUDA one takes labels on the features' grid, and leaves others to the reference. The CPU
-    one counts the labels that are none, and check_values tells which those are."""
+    """The compiled operator; the CUDA one takes labels on the features' grid, and leaves others to the reference. The
+    CPU one counts the labels that are none, and check_values tells which those are."""
 
     def checked(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, *flags: bool) -> Any:
         *results, strays = torch.ops.in2nect_cpp.class_sums(features, labels, num_classes, ignore_index, *flags)

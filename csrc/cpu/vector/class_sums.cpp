@@ -367,8 +367,8 @@ inline Mask<A> lanes_of(const int32_t* codes, int32_t label) {
   }
 }
 
-// Class by class, so that sums stay in registers: kept in memory by class they cost a store and a load of the same place
-// a block, several times the addition.
+// Class by class, so that sums stay in registers: kept in memory by class they cost a store and a load of the same
+// place a block, several times the addition.
 template <typename S, typename A, int kChannels, bool kScaled>
 inline void add_some_channels(const S* z, int64_t channel, const Block* blocks, const ClassOfBlocks* present,
                               int64_t present_count, const int32_t* codes, const A* scale, double* sums,
@@ -551,7 +551,8 @@ inline void row_factors(A square, A projection, A q, bool normalize, A& alpha, A
 
 template <typename S, typename A>
 void gradient_pixels(const S* z, int64_t channel, int64_t count, int64_t d, const int32_t* codes, const A* by_channel,
-                     int64_t pitch, const A* grad_squares, int64_t classes, bool normalize, A* scratch, A* out, int64_t out_channel) {
+                     int64_t pitch, const A* grad_squares, int64_t classes, bool normalize, A* scratch, A* out,
+                     int64_t out_channel) {
   A *alpha = scratch, *beta = scratch + count, *g = scratch + 2 * count, *q = scratch + 3 * count;
   A* tile = scratch + 4 * count;  // channels a power of two apart share their places in a cache: it keeps a copy
   const int64_t whole = count / kLanes<A> * kLanes<A>;
