@@ -83,7 +83,7 @@ struct ForwardTile<double> : Tile<double, 16, 1, 4> {};
 
 // WIDE: for more than 64 numbers a row, so that up to 128 of the gradient need s only once.
 template <typename T, bool WIDE>
-struct BackwardTile : Tile<T, 64, 2, 4> {};
+struct BackwardTile : Tile<T, 64, 2, 8> {};
 template <typename T>
 struct BackwardTile<T, true> : Tile<T, 128, 1, 8> {};
 template <bool WIDE>
@@ -159,9 +159,10 @@ class Stages {
     return dynamic_shared() + read_ * stage_bytes(CONSTANTS, resident_);
   }
 
+  // Tile::kOthers numbers of each array.
   template <int CONSTANTS>
-  __device__ const A* constant(int which) const {
-    return reinterpret_cast<const A*>(others<CONSTANTS>() + Tile::kOthersBytes + which * Tile::kConstantBytes);
+  __device__ const A* constants() const {
+    return reinterpret_cast<const A*>(others<CONSTANTS>() + Tile::kOthersBytes);
   }
 
   template <int CONSTANTS>
@@ -172,15 +173,19 @@ class Stages {
   }
 
  private:
+  // Each thread copies one column of 16 bytes, several rows apart.
   template <int COUNT>
   __device__ static void copy_rows(char* to, const Rows<T>& rows, int64_t first, int column) {
-    constexpr int kNumbers = 16 / sizeof(T), kPieces = Tile::kWidth / kNumbers;
+    constexpr int kNumbers = 16 / sizeof(T), kPieces = Tile::kWidth / kNumbers, kApart = kPairThreads / kPieces;
+    static_assert(COUNT % kApart == 0);
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, number = column + piece * kNumbers;
+    const int64_t left = number < rows.width ? rows.count - first - row : 0;
+    const char* from = rows.data + (first + row) * rows.stride + static_cast<int64_t>(number) * sizeof(T);
+    to += row * Tile::kStride + piece * 16;
 #pragma unroll
-    for (int piece = threadIdx.x; piece < COUNT * kPieces; piece += kPairThreads) {
-      const int row = piece / kPieces, number = column + piece % kPieces * kNumbers;
-      const bool inside = first + row < rows.count && number < rows.width;
-      const char* from = rows.data + (inside ? (first + row) * rows.stride + number * static_cast<int>(sizeof(T)) : 0);
-      copy_16(to + row * Tile::kStride + piece % kPieces * 16, from, inside);
+    for (int i = 0; i < COUNT; i += kApart) {
+      copy_16(to + i * Tile::kStride, from, i < left);
+      from += kApart * rows.stride;
     }
   }
 
@@ -243,7 +248,7 @@ __global__ void __launch_bounds__(kPairThreads, 2)
       stages.advance(constants);
       add_similarities<T, Tile::kWidth>(s, stages.template own<1>(), stages.template others<1>(), lane);
     }
-    const A* log2_weight = stages.template constant<1>(0) + lane % 4 * 2;
+    const A* log2_weight = stages.template constants<1>() + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Tile::kColumns; ++n) {
       const A even = log2_weight[n * 8], odd = log2_weight[n * 8 + 1];
@@ -339,24 +344,24 @@ __global__ void __launch_bounds__(kPairThreads, 2)
       add_similarities<T, Tile::kWidth>(s, stages.template own<kConstants>(), stages.template others<kConstants>(),
                                         lane);
     }
+    const A* per_column = stages.template constants<kConstants>() + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Tile::kColumns; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int lower = i / 2, column = n * 8 + lane % 4 * 2 + i % 2;
+        const int lower = i / 2, column = n * 8 + i % 2;
 #pragma unroll
         for (int m = 0; m < Tile::kRows; ++m) {
           A p = 0;
           if constexpr (is_anchor(OWN)) {
-            const A weight = stages.template constant<kConstants>(0)[column];
-            p = power_of_2(fma(s[m][n][i], factor, weight) - log2_d[m][lower]);
+            p = power_of_2(fma(s[m][n][i], factor, per_column[column]) - log2_d[m][lower]);
           }
           if constexpr (OWN == Own::kBoth) {
             p *= coefficient[m][lower];  // of anchors alone the whole sum takes it
           }
           if constexpr (is_key(OWN)) {
-            const A other_log2_d = stages.template constant<kConstants>(kLog2D)[column];
-            const A other_coefficient = stages.template constant<kConstants>(kLog2D + 1)[column];
+            const A other_log2_d = per_column[kLog2D * Tile::kOthers + column];
+            const A other_coefficient = per_column[(kLog2D + 1) * Tile::kOthers + column];
             p = fma(other_coefficient,
                     power_of_2(fma(s[m][n][i], factor, log2_weight[m][lower]) - other_log2_d), p);
           }

@@ -144,5 +144,17 @@ def _tiles(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+@implementation("pair_logsumexp", "cuda")
+def _cuda(anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float) -> Tensor:
+    return torch.ops.in2nect_cuda.pair_logsumexp(anchors, keys, weights, temperature)
+
+
+@implementation("pair_logsumexp_backward", "cuda")
+def _cuda_backward(
+    grad: Tensor, log_d: Tensor, anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.in2nect_cuda.pair_logsumexp_backward(grad, log_d, anchors, keys, weights, temperature)
+
+
 implementation("pair_logsumexp", "triton")(kernel("pair_logsumexp"))
 implementation("pair_logsumexp_backward", "triton")(kernel("pair_logsumexp", "pair_logsumexp_backward"))

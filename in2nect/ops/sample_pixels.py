@@ -73,6 +73,11 @@ def _reference(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, i
     return torch.where(slots < counts[:, None], order[positions], -1)
 
 
+@implementation("sample_pixels", "cuda")
+def _cuda(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, ignore_index: int) -> Tensor:
+    return torch.ops.in2nect_cuda.sample_pixels(labels, num_classes, per_class, seed, ignore_index)
+
+
 implementation("sample_pixels", "triton")(kernel("sample_pixels"))
 
 
