@@ -109,6 +109,8 @@ class Stages {
     return 2 * stage_bytes(constants, resident) + (resident ? static_cast<size_t>(chunks) * Tile::kOwnBytes : 0);
   }
 
+  static_assert(2 * (Tile::kOthersBytes + 3 * Tile::kConstantBytes + Tile::kOwnBytes) <= kMostSharedBytes);
+
   // Chunks are read in a circle that ends with `last_chunk`, which so is there when s is complete.
   __device__ Stages(const Rows<T>& own, const Rows<T>& others, int64_t first, int last_chunk, bool resident)
       : own_(own), others_(others), first_(first), resident_(resident) {
