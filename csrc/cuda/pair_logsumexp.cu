@@ -54,6 +54,11 @@ Matrix<T> matrix(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
+template <typename T>
+Gradient<T> gradient(const Tensor& t) {
+  return {static_cast<T*>(t.mutable_data_ptr()), t.size(1), t.stride(0), t.stride(1)};
+}
+
 template <typename A>
 Vector<A> vector(const Tensor& t) {
   return {static_cast<const A*>(t.const_data_ptr()), t.size(0), t.stride(0)};
@@ -90,9 +95,9 @@ std::tuple<Tensor, Tensor> pair_logsumexp_backward(Tensor grad, Tensor log_d, Te
             ", the anchors' device");
   }
   const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
-  const int64_t dim = anchors.size(1);
-  Tensor grad_anchors = torch::stable::new_empty(anchors, {anchors.size(0), dim});
-  Tensor grad_keys = torch::stable::new_empty(anchors, {keys ? keys->size(0) : 0, dim});
+  Tensor grad_anchors = torch::stable::empty_like(anchors);
+  Tensor grad_keys =
+      keys ? torch::stable::empty_like(*keys) : torch::stable::new_empty(anchors, {0, anchors.size(1)});
   const Tensor exponents = torch::stable::contiguous(log_d);
   const Scratch scratch(anchors);
   dispatch_features("pair_logsumexp_backward", anchors.scalar_type(), [&](auto element) {
@@ -101,8 +106,7 @@ std::tuple<Tensor, Tensor> pair_logsumexp_backward(Tensor grad, Tensor log_d, Te
     const Matrix<T> others = matrix<T>(keys ? *keys : anchors);
     pair_logsumexp_backward<T>(vector<A>(grad), static_cast<const A*>(exponents.const_data_ptr()), matrix<T>(anchors),
                                keys ? &others : nullptr, vector<A>(weights), temperature,
-                               static_cast<T*>(grad_anchors.mutable_data_ptr()),
-                               static_cast<T*>(grad_keys.mutable_data_ptr()), scratch, current_stream(anchors));
+                               gradient<T>(grad_anchors), gradient<T>(grad_keys), scratch, current_stream(anchors));
   });
   return {grad_anchors, grad_keys};
 }

@@ -83,13 +83,21 @@ struct ForwardTile<double> : Tile<double, 16, 1, 4> {};
 
 // WIDE: for more than 64 numbers a row, so that up to 128 of the gradient need s only once.
 template <typename T, bool WIDE>
-struct BackwardTile : Tile<T, 64, 2, 8> {};
+struct BackwardTile : Tile<T, 64, 2, 8> {
+  static constexpr int kBlocks = 2;
+};
 template <typename T>
-struct BackwardTile<T, true> : Tile<T, 128, 1, 8> {};
+struct BackwardTile<T, true> : Tile<T, 128, 1, 8> {
+  static constexpr int kBlocks = 2;
+};
 template <bool WIDE>
-struct BackwardTile<float, WIDE> : Tile<float, 64, 1, 4> {};
+struct BackwardTile<float, WIDE> : Tile<float, 64, 1, 4> {
+  static constexpr int kBlocks = 3;
+};
 template <bool WIDE>
-struct BackwardTile<double, WIDE> : Tile<double, 32, 1, 2> {};
+struct BackwardTile<double, WIDE> : Tile<double, 32, 1, 2> {
+  static constexpr int kBlocks = 3;
+};
 
 template <typename T>
 constexpr bool kHasWideTile = sizeof(T) == 2;
@@ -304,11 +312,18 @@ __global__ void __launch_bounds__(kPairThreads, 2)
   }
 }
 
+// A gradient, (rows, columns) numbers of any strides, counted in numbers.
+template <typename T>
+struct Gradient {
+  T* data;
+  int64_t columns, row_stride, column_stride;
+};
+
 // Gradient of the block's own rows: chunk blockIdx.y of them.
 template <typename T, bool WIDE, Own OWN>
-__global__ void __launch_bounds__(kPairThreads, 2)
+__global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
     pair_backward(Rows<T> own, Rows<T> others, PerRow<Accumulator<T>> per_own, PerRow<Accumulator<T>> per_other,
-                  Accumulator<T> inverse_temperature, bool resident, T* out, int64_t dim) {
+                  Accumulator<T> inverse_temperature, bool resident, Gradient<T> out) {
   using A = Accumulator<T>;
   using Tile = BackwardTile<T, WIDE>;
   constexpr int kConstants = (is_anchor(OWN) ? 1 : 0) + (is_key(OWN) ? 2 : 0);
@@ -382,8 +397,8 @@ __global__ void __launch_bounds__(kPairThreads, 2)
 #pragma unroll
       for (int w = 0; w < Tile::kWidth / 8; ++w) {
         const int64_t column = static_cast<int64_t>(chunk_of_block) * Tile::kWidth + w * 8 + lane % 4 * 2 + i % 2;
-        if (row < own.count && column < dim) {
-          out[row * dim + column] = static_cast<T>(gradient[m][w][i] * scale);
+        if (row < own.count && column < out.columns) {
+          out.data[row * out.row_stride + column * out.column_stride] = static_cast<T>(gradient[m][w][i] * scale);
         }
       }
     }
@@ -508,10 +523,11 @@ void pair_logsumexp(const Matrix<T>& anchors, const Matrix<T>* keys, const Vecto
          static_cast<A>(kLog2E / temperature), resident, log_d);
 }
 
-// Writes the gradient (N, d), contiguous, of one set of rows.
+// Writes the gradient (N, d) of one set of rows.
 template <Own OWN, bool WIDE, typename T>
 void launch_backward(const Rows<T>& own, const Rows<T>& others, const PerRow<Accumulator<T>>& per_own,
-                     const PerRow<Accumulator<T>>& per_other, double temperature, T* out, int64_t dim, Stream stream) {
+                     const PerRow<Accumulator<T>>& per_other, double temperature, const Gradient<T>& out,
+                     Stream stream) {
   using A = Accumulator<T>;
   using Tile = BackwardTile<T, WIDE>;
   constexpr int kConstants = (is_anchor(OWN) ? 1 : 0) + (is_key(OWN) ? 2 : 0);
@@ -520,41 +536,42 @@ void launch_backward(const Rows<T>& own, const Rows<T>& others, const PerRow<Acc
   launch(pair_backward<T, WIDE, OWN>,
          dim3(static_cast<unsigned>((own.count + Tile::kOwn - 1) / Tile::kOwn), static_cast<unsigned>(chunks)),
          kPairThreads, Stages<T, Tile>::shared_bytes(kConstants, resident, chunks), stream, own, others, per_own,
-         per_other, static_cast<A>(1 / temperature), resident, out, dim);
+         per_other, static_cast<A>(1 / temperature), resident, out);
 }
 
 template <Own OWN, typename T>
 void choose_backward(const Rows<T>& own, const Rows<T>& others, const PerRow<Accumulator<T>>& per_own,
-                     const PerRow<Accumulator<T>>& per_other, double temperature, T* out, int64_t dim, Stream stream) {
-  if (own.count == 0 || dim == 0) {
+                     const PerRow<Accumulator<T>>& per_other, double temperature, const Gradient<T>& out,
+                     Stream stream) {
+  if (own.count == 0 || out.columns == 0) {
     return;
   }
   if constexpr (kHasWideTile<T>) {
     if (own.width > BackwardTile<T, false>::kWidth) {
-      return launch_backward<OWN, true>(own, others, per_own, per_other, temperature, out, dim, stream);
+      return launch_backward<OWN, true>(own, others, per_own, per_other, temperature, out, stream);
     }
   }
-  launch_backward<OWN, false>(own, others, per_own, per_other, temperature, out, dim, stream);
+  launch_backward<OWN, false>(own, others, per_own, per_other, temperature, out, stream);
 }
 
-// Writes the gradients of anchors (N, d) and, where there are any, of keys (M, d), both contiguous.
+// Writes the gradients of anchors (N, d) and, where there are any, of keys (M, d).
 template <typename T, typename Allocate>
 void pair_logsumexp_backward(const Vector<Accumulator<T>>& grad, const Accumulator<T>* log_d, const Matrix<T>& anchors,
                              const Matrix<T>* keys, const Vector<Accumulator<T>>& weights, double temperature,
-                             T* grad_anchors, T* grad_keys, const Allocate& allocate, Stream stream) {
+                             const Gradient<T>& grad_anchors, const Gradient<T>& grad_keys, const Allocate& allocate,
+                             Stream stream) {
   PerRow<Accumulator<T>> per_anchor{}, per_key{};
   anchor_numbers(log_d, grad, per_anchor, allocate, stream);
   key_numbers(weights, per_key, allocate, stream);
-  const int64_t dim = anchors.columns;
   const Rows<T> own = as_rows(anchors, allocate, stream);
   if (keys == nullptr) {
     per_anchor.log2_weights = per_key.log2_weights;
-    choose_backward<Own::kBoth>(own, own, per_anchor, per_anchor, temperature, grad_anchors, dim, stream);
+    choose_backward<Own::kBoth>(own, own, per_anchor, per_anchor, temperature, grad_anchors, stream);
     return;
   }
   const Rows<T> others = as_rows(*keys, allocate, stream);
-  choose_backward<Own::kAnchors>(own, others, per_anchor, per_key, temperature, grad_anchors, dim, stream);
-  choose_backward<Own::kKeys>(others, own, per_key, per_anchor, temperature, grad_keys, dim, stream);
+  choose_backward<Own::kAnchors>(own, others, per_anchor, per_key, temperature, grad_anchors, stream);
+  choose_backward<Own::kKeys>(others, own, per_key, per_anchor, temperature, grad_keys, stream);
 }
 
 }  // namespace in2nect::cuda

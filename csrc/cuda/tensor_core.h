@@ -125,10 +125,25 @@ __device__ inline void multiply(float (&c)[4], const Left<Half>& a, const Right<
 }
 
 // The small products first.
-__device__ inline void multiply(float (&c)[4], const Left<float>& a, const Right<float>& b) {
+__device__ inline void multiply_parts(float (&c)[4], const Left<float>& a, const Right<float>& b) {
   multiply_tf32(c, a.lower, b.upper);
   multiply_tf32(c, a.upper, b.lower);
   multiply_tf32(c, a.upper, b.upper);
+}
+
+__device__ inline void add(float (&c)[4], const float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    c[i] += x[i];
+  }
+}
+
+// Tensor cores round their sums towards zero, which over many steps is a bias well above float32's own error: here they
+// sum one step alone, and the steps are added to the nearest.
+__device__ inline void multiply(float (&c)[4], const Left<float>& a, const Right<float>& b) {
+  float step[4] = {};
+  multiply_parts(step, a, b);
+  add(c, step);
 }
 
 __device__ inline void multiply(double (&c)[4], const Left<double>& a, const Right<double>& b) {
@@ -140,8 +155,11 @@ __device__ inline void multiply(double (&c)[4], const Left<double>& a, const Rig
 template <typename T, int WIDTH, int ROWS, int COLUMNS>
 __device__ void add_similarities(Accumulator<T> (&s)[ROWS][COLUMNS][4], const char* own, const char* others, int lane) {
   constexpr int kStride = row_bytes<T>(WIDTH);
-#pragma unroll
-  for (int byte = 0; byte < WIDTH * static_cast<int>(sizeof(T)); byte += kStepBytes) {
+  // all steps at once, but for float32, whose steps are independent and would take every register
+  constexpr int kSteps = WIDTH * static_cast<int>(sizeof(T)) / kStepBytes;
+  [[maybe_unused]] constexpr int kUnroll = std::is_same_v<T, float> ? 2 / ROWS : kSteps;
+#pragma unroll kUnroll
+  for (int byte = 0; byte < kSteps * kStepBytes; byte += kStepBytes) {
     Left<T> a[ROWS];
 #pragma unroll
     for (int m = 0; m < ROWS; ++m) {
@@ -222,6 +240,8 @@ __device__ void add_gradient(Accumulator<T> (&gradient)[ROWS][WIDTH / 8][4], con
       }
     }
   } else {
+    // float32: the sum of this tile alone, then added to the nearest, for the reason that multiply() has
+    [[maybe_unused]] float tile[ROWS][WIDTH / 8][4] = {};
     const char* lane_rows = others + lane % 4 * 2 * kStride + lane / 4 * static_cast<int>(sizeof(T));
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n) {
@@ -248,7 +268,7 @@ __device__ void add_gradient(Accumulator<T> (&gradient)[ROWS][WIDTH / 8][4], con
           const Right<float> b{{first.upper, second.upper}, {first.lower, second.lower}};
 #pragma unroll
           for (int m = 0; m < ROWS; ++m) {
-            multiply(gradient[m][w], a[m], b);
+            multiply_parts(tile[m][w], a[m], b);
           }
         } else {
 #pragma unroll
@@ -259,6 +279,15 @@ __device__ void add_gradient(Accumulator<T> (&gradient)[ROWS][WIDTH / 8][4], con
             multiply_double(c[0], c[1], p[m][n][1], odd);
             multiply_double(c[2], c[3], p[m][n][3], odd);
           }
+        }
+      }
+    }
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int m = 0; m < ROWS; ++m) {
+#pragma unroll
+        for (int w = 0; w < WIDTH / 8; ++w) {
+          add(gradient[m][w], tile[m][w]);
         }
       }
     }

@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -285,6 +286,12 @@ inline void load_transposed(uint32_t (&to)[4], const void* row) {
   }
 }
 
+// Tensor cores add exact products and round a sum in float32 towards zero.
+inline float round_to_zero(double x) {
+  const auto nearest = static_cast<float>(x);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0F) : nearest;
+}
+
 struct Operands {
   uint32_t a[4], b[2];
 };
@@ -296,11 +303,13 @@ void multiply_16(float (&c)[4], const Operands& own, const Element& element) {
   const auto all = emulated::gather(own);
   for (int i = 0; i < 4; ++i) {
     const int row = emulated::lane() / 4 + i / 2 * 8, column = emulated::lane() % 4 * 2 + i % 2;
+    double sum = c[i];
     for (int k = 0; k < 16; ++k) {
       const uint32_t a = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2] >> k % 2 * 16 & 0xffff;
       const uint32_t b = all[column * 4 + k % 8 / 2].b[k / 8] >> k % 2 * 16 & 0xffff;
-      c[i] += element(a) * element(b);
+      sum += static_cast<double>(element(a)) * element(b);
     }
+    c[i] = round_to_zero(sum);
   }
 }
 
@@ -318,9 +327,12 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
   const auto all = emulated::gather(Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
   for (int i = 0; i < 4; ++i) {
     const int row = emulated::lane() / 4 + i / 2 * 8, column = emulated::lane() % 4 * 2 + i % 2;
+    double sum = c[i];
     for (int k = 0; k < 8; ++k) {
-      c[i] += tf32_of(all[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]) * tf32_of(all[column * 4 + k % 4].b[k / 4]);
+      const double a = tf32_of(all[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]);
+      sum += a * tf32_of(all[column * 4 + k % 4].b[k / 4]);
     }
+    c[i] = round_to_zero(sum);
   }
 }
 

@@ -47,6 +47,12 @@ struct Arguments {
   void *grad_anchors, *grad_keys;
 };
 
+// Gradients have the strides of their rows.
+template <typename T>
+Gradient<T> gradient(void* data, const Arguments& call, const int64_t (&strides)[2]) {
+  return {static_cast<T*>(data), call.dim, strides[0], strides[1]};
+}
+
 }  // namespace
 
 extern "C" void emulated_pair_logsumexp(int type, const Arguments* call, int backward) {
@@ -65,8 +71,8 @@ extern "C" void emulated_pair_logsumexp(int type, const Arguments* call, int bac
     } else {
       const Vector<A> grad{static_cast<const A*>(call->grad), call->anchor_count, 1};
       pair_logsumexp_backward<T>(grad, static_cast<const A*>(call->log_d), anchors, keys, weights, call->temperature,
-                                 static_cast<T*>(call->grad_anchors), static_cast<T*>(call->grad_keys), scratch,
-                                 nullptr);
+                                 gradient<T>(call->grad_anchors, *call, call->anchor_strides),
+                                 gradient<T>(call->grad_keys, *call, call->key_strides), scratch, nullptr);
     }
   });
 }

@@ -1,5 +1,5 @@
-"""The CUDA kernels of csrc/cuda/*_kernels.h where there is no GPU, against the reference in float64: compiled for the CPU
-with tests/cuda_emulation, which runs each thread as a coroutine and each tensor-core instruction by the PTX manual.
+"""The CUDA kernels of csrc/cuda/*_kernels.h where there is no GPU, against the reference in float64: compiled for the
+CPU with tests/cuda_emulation, which runs threads as coroutines and tensor-core instructions by the PTX manual.
 
 This holds index arithmetic, fragment layouts, barriers and edge cases; what only a chip can show (its memory ordering,
 its exponential, speed) is left to the tests marked ``gpu``.
@@ -63,8 +63,8 @@ def forward_and_backward(
     """log D and the gradients, whose memory is poisoned before."""
     columns = anchors if keys is None else keys
     log_d = torch.full((len(anchors),), torch.nan, dtype=weights.dtype)
-    grad_anchors = torch.full(anchors.shape, torch.nan, dtype=anchors.dtype)
-    grad_keys = torch.full(columns.shape if keys is not None else (0, anchors.shape[1]), torch.nan, dtype=anchors.dtype)
+    grad_anchors = poisoned_like(anchors)
+    grad_keys = anchors.new_empty((0, anchors.shape[1])) if keys is None else poisoned_like(keys)
     pair = ctypes.c_int64 * 2
     call = Call(
         anchors.data_ptr(),
@@ -84,6 +84,12 @@ def forward_and_backward(
     for backward in (0, 1):
         library.emulated_pair_logsumexp(TYPES[anchors.dtype], ctypes.byref(call), backward)
     return log_d, grad_anchors, grad_keys
+
+
+def poisoned_like(rows: Tensor) -> Tensor:
+    """NaN with the strides of rows, whose memory may have gaps."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(rows.shape, rows.stride(), strict=True)) if rows.numel() else 0
+    return torch.full((size,), torch.nan, dtype=rows.dtype).as_strided(rows.shape, rows.stride())
 
 
 def expected(
@@ -180,10 +186,15 @@ def test_without_anchors(emulated: ctypes.CDLL) -> None:
 
 
 def test_strides(emulated: ctypes.CDLL) -> None:
-    """Transposed rows, every second row, and rows that do not start at multiples of 16 bytes."""
-    for rows in (torch.randn(12, 33).T, torch.randn(66, 16)[::2], torch.randn(33, 17)[:, 1:]):
-        for keys in (None, rows.flip(0)[:21]):
-            check(emulated, rows / 4, keys, some_weights(33 if keys is None else 21, torch.float32))
+    """Transposed rows, every second row, and rows that do not start at multiples of 16 bytes; gradients likewise."""
+    dtype = torch.float32
+    for rows in (unit(12, 33, dtype).T, unit(66, 16, dtype)[::2], unit(33, 17, dtype)[:, 1:]):
+        for keys in (None, rows[5:26]):
+            check(emulated, rows, keys, some_weights(33 if keys is None else 21, torch.float32))
+
+
+def test_more_classes_than_shared_memory_counts(emulated: ctypes.CDLL) -> None:
+    draw_and_compare(emulated, torch.randint(0, 5000, (3000,)), 5000, 2, -1.0)
 
 
 @pytest.mark.parametrize("slack", [-1.0, 0.0, 3.0, 1e5])
@@ -195,15 +206,21 @@ def test_sample_pixels(emulated: ctypes.CDLL, pixels: int, per_class: int, slack
     labels[: pixels // 2] = 2  # whole warps of one class
     labels[labels == 3] = 255  # class 3 is absent
     labels[labels == 4] = -(2**40)
+    draw_and_compare(emulated, labels, 6, per_class, slack)
+
+
+def draw_and_compare(library: ctypes.CDLL, labels: Tensor, classes: int, per_class: int, slack: float) -> None:
     seed = torch.tensor([-5, 2**40])
-    sample = torch.full((6, per_class), -7)
-    arguments = labels.data_ptr(), ctypes.c_int64(pixels), ctypes.c_int64(6), ctypes.c_int64(per_class)
-    emulated.emulated_sample_pixels(
-        *(ctypes.c_void_p(a) if isinstance(a, int) else a for a in arguments),
+    sample = torch.full((classes, per_class), -7)
+    library.emulated_sample_pixels(
+        ctypes.c_void_p(labels.data_ptr()),
+        ctypes.c_int64(len(labels)),
+        ctypes.c_int64(classes),
+        ctypes.c_int64(per_class),
         ctypes.c_void_p(seed.data_ptr()),
         ctypes.c_int64(255),
         ctypes.c_double(slack),
         ctypes.c_void_p(sample.data_ptr()),
     )
-    for row, drawn in zip(sample, reference.sample_pixels(labels, 6, per_class, seed), strict=True):
+    for row, drawn in zip(sample, reference.sample_pixels(labels, classes, per_class, seed), strict=True):
         assert row.tolist() == drawn.tolist() + [-1] * (per_class - len(drawn))
