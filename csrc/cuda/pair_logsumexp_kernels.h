@@ -9,10 +9,10 @@
 // terms, since the gradient matrix is symmetric. (The Triton kernels halve the exponentials of the symmetric form by a
 // constant shift, and fall back to these formulas where it would underflow; here they are all there is.)
 //
-// A block owns rows and walks over tiles of the others, whose copies to shared memory run ahead of the products; a row's
-// sums stay with one warp from the first tile to the last, in the order of the tiles, so results are the same bits every
-// time. Rows wider than a tile come in chunks: their products s are added up before they are used, and each block writes
-// one chunk of the gradient.
+// A block owns rows and walks over tiles of the others, whose copies to shared memory run ahead of the products. A
+// row's sums stay with one warp from the first tile to the last, in the order of the tiles, so results are the same
+// bits every time. Rows wider than a tile come in chunks: their products s are added up before they are used, and each
+// block writes one chunk of the gradient.
 #pragma once
 
 #include <algorithm>
@@ -73,7 +73,8 @@ struct Tile {
   static_assert(kOwn <= kRowPadding && kOthers <= kRowPadding && WIDTH * sizeof(T) % 128 == 0);
 };
 
-// Chosen by the compiled code: no spills, two blocks or more a multiprocessor by registers; 128-byte rows at least.
+// Chosen by the compiled code: no spills, two blocks or more a multiprocessor by registers and, up to 64 numbers a row,
+// by the 100 KiB of shared memory of sm_86.
 template <typename T>
 struct ForwardTile : Tile<T, 64, 2, 8> {};
 template <>
@@ -81,7 +82,8 @@ struct ForwardTile<float> : Tile<float, 32, 2, 8> {};
 template <>
 struct ForwardTile<double> : Tile<double, 16, 1, 4> {};
 
-// WIDE: for more than 64 numbers a row, so that up to 128 of the gradient need s only once.
+// WIDE: for more than 64 numbers a row, so that up to 128 of the gradient need s only once. kBlocks: how many are to
+// fit a multiprocessor by registers; for float32 it also keeps the compiler from running all steps at once.
 template <typename T, bool WIDE>
 struct BackwardTile : Tile<T, 64, 2, 8> {
   static constexpr int kBlocks = 2;
@@ -102,8 +104,8 @@ struct BackwardTile<double, WIDE> : Tile<double, 32, 1, 2> {
 template <typename T>
 constexpr bool kHasWideTile = sizeof(T) == 2;
 
-// Copies of a block: its own rows, once if they fit (`resident`), and two stages of [others, numbers per other row, and,
-// unless they are resident, own rows], of which one is read while the other is filled.
+// Copies of a block: its own rows, once if they fit (`resident`), and two stages of [others, numbers per other row,
+// and, unless they are resident, own rows], of which one is read while the other is filled.
 template <typename T, typename Tile>
 class Stages {
  public:

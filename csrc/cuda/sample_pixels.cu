@@ -1,5 +1,5 @@
-// Calls the kernels of sample_pixels_kernels.h, which says what they do and cost, on tensors and the current stream. What
-// is launched depends on sizes alone, and nothing waits for the device, so that a CUDA graph can hold it.
+// Calls the kernels of sample_pixels_kernels.h, which says what they do and cost, on tensors and the current stream.
+// What is launched depends on sizes alone, and nothing waits for the device, so that a CUDA graph can hold it.
 #include "sample_pixels.h"
 
 #include <torch/csrc/stable/accelerator.h>

@@ -188,8 +188,8 @@ __device__ inline void left_of(uint32_t (&to)[4], const float (&p)[4]) {
 
 // gradient += p others: 16 ROWS own rows, 8 COLUMNS other ones, WIDTH numbers each.
 template <typename T, int WIDTH, int ROWS, int COLUMNS>
-__device__ void add_gradient(Accumulator<T> (&gradient)[ROWS][WIDTH / 8][4], const Accumulator<T> (&p)[ROWS][COLUMNS][4],
-                             const char* others, int lane) {
+__device__ void add_gradient(Accumulator<T> (&gradient)[ROWS][WIDTH / 8][4],
+                             const Accumulator<T> (&p)[ROWS][COLUMNS][4], const char* others, int lane) {
   constexpr int kStride = row_bytes<T>(WIDTH);
   if constexpr (sizeof(T) == 2) {
 #pragma unroll

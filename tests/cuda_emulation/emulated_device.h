@@ -1,7 +1,7 @@
 // The names of csrc/cuda/device.h on the CPU: every thread of a block is a coroutine, which gives way at barriers, so
-// that kernels run as they are written, one block after the other. Tensor-core instructions follow the fragment layouts
-// of the PTX manual, written down here independently of the kernels: element by element. Asynchronous copies arrive when
-// they are waited for and not before, and shared memory begins as NaN, so a wait or a barrier that is missing shows.
+// that kernels run as they are written, one block after the other. Tensor-core instructions follow the fragment
+// layouts of the PTX manual, written down here independently of the kernels: element by element. Asynchronous copies
+// arrive when they are waited for and not before, and shared memory begins as NaN, so a missing wait or barrier shows.
 // It is slow (some 30 us an instruction of a warp), and says nothing of speed, registers or memory ordering.
 #pragma once
 
@@ -55,7 +55,13 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   dim3 index;
   bool done = false;
+  const Barrier* awaited = nullptr;
+  int64_t generation = 0;  // of the barrier, when this thread arrived
   std::vector<Copy> copies;
+
+  bool runnable() const {
+    return !done && (awaited == nullptr || awaited->generation != generation);
+  }
 };
 
 struct Block {
@@ -88,9 +94,10 @@ inline void wait(Barrier& barrier, int threads) {
     ++barrier.generation;
     return;
   }
-  for (const int64_t mine = barrier.generation; barrier.generation == mine;) {
-    give_way();
-  }
+  thread().awaited = &barrier;
+  thread().generation = barrier.generation;
+  give_way();
+  thread().awaited = nullptr;
 }
 
 inline int lane() {
@@ -121,6 +128,7 @@ inline void enter() {
 [[gnu::noinline]] inline void prepare(Thread& thread, unsigned index) {
   thread.index = dim3(index, 0, 0);
   thread.done = false;
+  thread.awaited = nullptr;
   getcontext(&thread.context);
   thread.context.uc_stack.ss_sp = thread.stack.get();
   thread.context.uc_stack.ss_size = kStackBytes;
@@ -144,13 +152,20 @@ inline void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::fun
     for (unsigned t = 0; t < threads; ++t) {
       prepare(state.threads[t], t);
     }
+    // A warp runs as far as it can before the next begins, as none would on a chip: what it should have waited for at a
+    // barrier has not happened.
     for (bool any = true; any;) {
       any = false;
-      for (unsigned t = 0; t < threads; ++t) {
-        if (!state.threads[t].done) {
-          state.current = static_cast<int>(t);
-          swapcontext(&state.scheduler, &state.threads[t].context);
-          any = true;
+      for (unsigned warp = 0; warp < threads; warp += kWarp) {
+        for (bool again = true; again;) {
+          again = false;
+          for (unsigned t = warp; t < warp + kWarp; ++t) {
+            if (state.threads[t].runnable()) {
+              state.current = static_cast<int>(t);
+              swapcontext(&state.scheduler, &state.threads[t].context);
+              again = any = true;
+            }
+          }
         }
       }
     }
@@ -269,8 +284,8 @@ inline void await_copies() {
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   const auto rows = emulated::gather(row);
   for (int matrix = 0; matrix < 4; ++matrix) {
-    std::memcpy(&to[matrix], static_cast<const char*>(rows[matrix * 8 + emulated::lane() / 4]) + emulated::lane() % 4 * 4,
-                4);
+    const auto* from = static_cast<const char*>(rows[matrix * 8 + emulated::lane() / 4]);
+    std::memcpy(&to[matrix], from + emulated::lane() % 4 * 4, 4);
   }
 }
 
@@ -279,8 +294,8 @@ inline void load_transposed(uint32_t (&to)[4], const void* row) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
     for (int i = 0; i < 2; ++i) {
-      std::memcpy(&pair[i],
-                  static_cast<const char*>(rows[matrix * 8 + emulated::lane() % 4 * 2 + i]) + emulated::lane() / 4 * 2, 2);
+      const auto* from = static_cast<const char*>(rows[matrix * 8 + emulated::lane() % 4 * 2 + i]);
+      std::memcpy(&pair[i], from + emulated::lane() / 4 * 2, 2);
     }
     to[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
   }
@@ -321,8 +336,8 @@ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
   multiply_16(c, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, half_of);
 }
 
-// "mma.m16n8k8" with .tf32: a_i is row l / 4 (+ 8 for i in 1, 3), column l % 4 (+ 4 for i >= 2); b_i is row l % 4 + 4 i,
-// column l / 4.
+// "mma.m16n8k8" with .tf32: a_i is row l / 4 (+ 8 for i in 1, 3), column l % 4 (+ 4 for i >= 2); b_i is row
+// l % 4 + 4 i, column l / 4.
 inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const auto all = emulated::gather(Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
   for (int i = 0; i < 4; ++i) {

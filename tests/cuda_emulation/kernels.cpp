@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda/*_kernels.h, emulated on the CPU, as C functions over pointers: tests/ops/test_cuda_emulated.py
-// builds and calls them.
+// The kernels of csrc/cuda/*_kernels.h, emulated on the CPU, as C functions over pointers, which
+// tests/ops/test_cuda_emulated.py builds and calls.
 #include <cstdlib>
 #include <deque>
 
