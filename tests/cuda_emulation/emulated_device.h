@@ -12,7 +12,10 @@
 
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -71,6 +74,7 @@ struct Block {
   ucontext_t scheduler;
   int current = 0;
   std::vector<uint64_t> shared;
+  size_t shared_bytes = 0;
   dim3 index, grid;
   std::function<void()> kernel;
 };
@@ -141,6 +145,7 @@ inline void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::fun
   block() = &state;
   state.grid = grid;
   state.kernel = kernel;
+  state.shared_bytes = shared_bytes;
   state.threads.resize(threads);
   state.warps.resize((threads + kWarp - 1) / kWarp);
   for (Thread& each : state.threads) {
@@ -266,7 +271,20 @@ inline float high_half(uint32_t packed) {
   return half_of(packed >> 16);
 }
 
+// 16 bytes at a multiple of 16 within what the launch asked for.
+inline void check_shared(const void* row) {
+  const auto& shared = emulated::block()->shared;
+  const char* begin = reinterpret_cast<const char*>(shared.data());
+  const auto offset = static_cast<const char*>(row) - begin;
+  if (offset < 0 || offset % 16 != 0 || offset + 16 > static_cast<std::ptrdiff_t>(emulated::block()->shared_bytes)) {
+    std::fprintf(stderr, "thread %u: shared memory at %td of %zu\n", emulated::thread().index.x, offset,
+                 emulated::block()->shared_bytes);
+    std::abort();
+  }
+}
+
 inline void copy_16(void* shared, const void* global, bool inside) {
+  check_shared(shared);
   emulated::thread().copies.push_back({shared, global, inside});
 }
 
@@ -282,6 +300,7 @@ inline void await_copies() {
 }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  check_shared(row);
   const auto rows = emulated::gather(row);
   for (int matrix = 0; matrix < 4; ++matrix) {
     const auto* from = static_cast<const char*>(rows[matrix * 8 + emulated::lane() / 4]);
@@ -290,6 +309,7 @@ inline void load_matrices(uint32_t (&to)[4], const void* row) {
 }
 
 inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  check_shared(row);
   const auto rows = emulated::gather(row);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
