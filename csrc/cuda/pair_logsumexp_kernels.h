@@ -47,7 +47,7 @@ struct Rows {
 template <typename A>
 struct PerRow {
   const A* log2_weights;  // of keys; -inf beyond the last
-  const A* log2_d;        // of anchors; inf where there is no key, and beyond the last: 2^(x - inf) is 0
+  const A* log_d;         // of anchors; inf where there is no key, and beyond the last: exp(x - inf) is 0
   const A* coefficients;  // of anchors: a_i; 0 beyond the last
 };
 
@@ -314,6 +314,13 @@ __global__ void __launch_bounds__(kPairThreads, 2)
   }
 }
 
+// 2^x / D: the share of a key in an anchor's sum. log D is brought to powers of two without a rounding of its own,
+// which at low temperatures would be the largest error.
+template <typename A>
+__device__ A share(A x, A log_d) {
+  return power_of_2(fma(log_d, static_cast<A>(-kLog2E), x));
+}
+
 // A gradient, (rows, columns) numbers of any strides, counted in numbers.
 template <typename T>
 struct Gradient {
@@ -325,31 +332,30 @@ struct Gradient {
 template <typename T, bool WIDE, Own OWN>
 __global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
     pair_backward(Rows<T> own, Rows<T> others, PerRow<Accumulator<T>> per_own, PerRow<Accumulator<T>> per_other,
-                  Accumulator<T> inverse_temperature, bool resident, Gradient<T> out) {
+                  Accumulator<T> factor, Accumulator<T> inverse_temperature, bool resident, Gradient<T> out) {
   using A = Accumulator<T>;
   using Tile = BackwardTile<T, WIDE>;
   constexpr int kConstants = (is_anchor(OWN) ? 1 : 0) + (is_key(OWN) ? 2 : 0);
-  constexpr int kLog2D = is_anchor(OWN) ? 1 : 0;  // the arrays' order: log2 w, log2 D, a
+  constexpr int kLogD = is_anchor(OWN) ? 1 : 0;  // the arrays' order: log2 w, log D, a
   const int lane = threadIdx.x % 32, chunk_of_block = static_cast<int>(blockIdx.y);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * Tile::kOwn;
   const int64_t lane_row = first + threadIdx.x / 32 * Tile::kWarpRows + lane / 4;
-  const A factor = inverse_temperature * static_cast<A>(kLog2E);
   Stages<T, Tile> stages(own, others, first, chunk_of_block, resident);
   const A* constants[kConstants];
   if constexpr (is_anchor(OWN)) {
     constants[0] = per_other.log2_weights;
   }
   if constexpr (is_key(OWN)) {
-    constants[kLog2D] = per_other.log2_d;
-    constants[kLog2D + 1] = per_other.coefficients;
+    constants[kLogD] = per_other.log_d;
+    constants[kLogD + 1] = per_other.coefficients;
   }
-  A log2_d[Tile::kRows][2], coefficient[Tile::kRows][2], log2_weight[Tile::kRows][2];
+  A log_d[Tile::kRows][2], coefficient[Tile::kRows][2], log2_weight[Tile::kRows][2];
 #pragma unroll
   for (int m = 0; m < Tile::kRows; ++m) {
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
       const int64_t row = lane_row + m * 16 + lower * 8;
-      log2_d[m][lower] = is_anchor(OWN) ? per_own.log2_d[row] : A(0);
+      log_d[m][lower] = is_anchor(OWN) ? per_own.log_d[row] : A(0);
       coefficient[m][lower] = is_anchor(OWN) ? per_own.coefficients[row] : A(0);
       log2_weight[m][lower] = is_key(OWN) ? per_own.log2_weights[row] : A(0);
     }
@@ -373,16 +379,15 @@ __global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
         for (int m = 0; m < Tile::kRows; ++m) {
           A p = 0;
           if constexpr (is_anchor(OWN)) {
-            p = power_of_2(fma(s[m][n][i], factor, per_column[column]) - log2_d[m][lower]);
+            p = share(fma(s[m][n][i], factor, per_column[column]), log_d[m][lower]);
           }
           if constexpr (OWN == Own::kBoth) {
             p *= coefficient[m][lower];  // of anchors alone the whole sum takes it
           }
           if constexpr (is_key(OWN)) {
-            const A other_log2_d = per_column[kLog2D * Tile::kOthers + column];
-            const A other_coefficient = per_column[(kLog2D + 1) * Tile::kOthers + column];
-            p = fma(other_coefficient,
-                    power_of_2(fma(s[m][n][i], factor, log2_weight[m][lower]) - other_log2_d), p);
+            const A other_log_d = per_column[kLogD * Tile::kOthers + column];
+            const A other_coefficient = per_column[(kLogD + 1) * Tile::kOthers + column];
+            p = fma(other_coefficient, share(fma(s[m][n][i], factor, log2_weight[m][lower]), other_log_d), p);
           }
           s[m][n][i] = p;
         }
@@ -416,14 +421,14 @@ __global__ void pair_key_numbers(const A* weights, int64_t stride, int64_t count
   }
 }
 
-// log2 D and a of anchors, up to the padded count. D = 0, of an anchor without keys, has no gradient.
+// log D and a of anchors, up to the padded count. D = 0, of an anchor without keys, has no gradient.
 template <typename A>
 __global__ void pair_anchor_numbers(const A* log_d, const A* grad, int64_t stride, int64_t count, int64_t padded,
-                                    A* log2_d, A* coefficients) {
+                                    A* shifts, A* coefficients) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (i < padded) {
-    const A d = i < count ? log_d[i] * static_cast<A>(kLog2E) : -kInfinity<A>;
-    log2_d[i] = d == -kInfinity<A> ? kInfinity<A> : d;
+    const A d = i < count ? log_d[i] : -kInfinity<A>;
+    shifts[i] = d == -kInfinity<A> ? kInfinity<A> : d;
     coefficients[i] = i < count ? grad[i * stride] : A(0);
   }
 }
@@ -500,7 +505,7 @@ void anchor_numbers(const A* log_d, const Vector<A>& grad, PerRow<A>& per_row, c
     auto* numbers = static_cast<A*>(allocate(2 * size * static_cast<int64_t>(sizeof(A))));
     launch(pair_anchor_numbers<A>, element_blocks(size), kElementThreads, 0, stream, log_d, grad.data, grad.stride,
            grad.size, size, numbers, numbers + size);
-    per_row.log2_d = numbers;
+    per_row.log_d = numbers;
     per_row.coefficients = numbers + size;
   }
 }
@@ -538,7 +543,7 @@ void launch_backward(const Rows<T>& own, const Rows<T>& others, const PerRow<Acc
   launch(pair_backward<T, WIDE, OWN>,
          dim3(static_cast<unsigned>((own.count + Tile::kOwn - 1) / Tile::kOwn), static_cast<unsigned>(chunks)),
          kPairThreads, Stages<T, Tile>::shared_bytes(kConstants, resident, chunks), stream, own, others, per_own,
-         per_other, static_cast<A>(1 / temperature), resident, out);
+         per_other, static_cast<A>(kLog2E / temperature), static_cast<A>(1 / temperature), resident, out);
 }
 
 template <Own OWN, typename T>

@@ -155,6 +155,15 @@ def test_rows_that_do_not_fit_in_shared_memory(emulated: ctypes.CDLL, dim: int, 
     check(emulated, unit(19, dim, dtype), unit(35, dim, dtype), some_weights(35, dtype))
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("keys", [None, 40])
+def test_low_temperature(emulated: ctypes.CDLL, keys: int | None, seed: int) -> None:
+    """Exponents of some 20 powers of two, whose rounding is the largest error of the gradient."""
+    torch.manual_seed(seed)
+    columns = None if keys is None else unit(keys, 7, torch.float32)
+    check(emulated, unit(60, 7, torch.float32), columns, some_weights(keys or 60, torch.float32), temperature=0.07)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widely_spread_norms(emulated: ctypes.CDLL, dtype: torch.dtype) -> None:
     """Terms of one row from 2^-1000 to 2^1000, and a weight of 0 on the longest."""
