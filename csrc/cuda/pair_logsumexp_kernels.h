@@ -1,9 +1,13 @@
 // log D_i = log sum_j w_j exp(s_ij) of Eq. 6 and its gradient, tile by tile: O(N M d) time, O(N + M) memory beside the
-// rows. In powers of two, with s_ij = log2(e) u_i.u_j / tau:
+// rows. With s_ij = u_i.u_j / tau:
 //
-//     log2 D_i = log2 sum_j 2^(s_ij + log2 w_j)                                 a running maximum: right for any rows
-//     P_rc = a_r 2^(s_rc + log2 w_c - log2 D_r)  [r an anchor]  +  a_c 2^(s_rc + log2 w_r - log2 D_c)  [r a key]
+//     log D_i = log sum_j exp(s_ij + log w_j)                                   a running maximum: right for any rows
+//     P_rc = a_r exp(s_rc + log w_c - log D_r)  [r an anchor]  +  a_c exp(s_rc + log w_r - log D_c)  [r a key]
 //     dL/du_r = (1 / tau) sum_c P_rc u_c                                        every exponent at most 0
+//
+// Exponents are powers of e until their differences are taken, and only these are brought to powers of two, for one
+// multiplication an exponential: log D of some 1,000 (rows of wide norms), or of 20 (a low temperature), would lose on
+// the way to powers of two and back what float32 has to lose.
 //
 // Anchors against keys take two passes backward, over anchors and over keys. A set against itself takes one with both
 // terms, since the gradient matrix is symmetric. (The Triton kernels halve the exponentials of the symmetric form by a
@@ -25,7 +29,7 @@
 
 namespace in2nect::cuda {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
 constexpr int kPairWarps = 4, kPairThreads = 32 * kPairWarps;
 // Numbers per row are stored up to a multiple of this, so that no tile (of 128 rows at most) needs a check.
 constexpr int64_t kRowPadding = 128;
@@ -46,7 +50,7 @@ struct Rows {
 // What each row of a set brings beside itself, stored up to a multiple of kRowPadding; null where it is not used.
 template <typename A>
 struct PerRow {
-  const A* log2_weights;  // of keys; -inf beyond the last
+  const A* log_weights;  // of keys; -inf beyond the last
   const A* log_d;         // of anchors; inf where there is no key, and beyond the last: exp(x - inf) is 0
   const A* coefficients;  // of anchors: a_i; 0 beyond the last
 };
@@ -229,24 +233,29 @@ class Stages {
   bool resident_;
 };
 
-// Log-sum-exp of numbers that come one after the other: the largest of them, and the sum of 2^(x - largest).
+template <typename A>
+__device__ A exponential(A x) {
+  return power_of_2(x * static_cast<A>(kLog2E));
+}
+
+// What is taken off the exponents of a log-sum-exp of numbers of which `largest` is the largest.
 template <typename A>
 __device__ A base_of(A largest) {
   return largest == -kInfinity<A> ? A(0) : largest;  // no key yet: -inf - -inf would be NaN
 }
 
-// log2 D of 128 anchors a block (64 of float64), written as log D. Each lane keeps a maximum and a sum over its own
+// log D of 128 anchors a block (64 of float64). Each lane keeps a maximum and a sum over its own
 // columns; the four lanes of a row join theirs at the end.
 template <typename T>
 __global__ void __launch_bounds__(kPairThreads, 2)
-    pair_forward(Rows<T> anchors, Rows<T> keys, const Accumulator<T>* log2_weights, Accumulator<T> factor,
-                 bool resident, Accumulator<T>* log_d) {
+    pair_forward(Rows<T> anchors, Rows<T> keys, const Accumulator<T>* log_weights,
+                 Accumulator<T> inverse_temperature, bool resident, Accumulator<T>* log_d) {
   using A = Accumulator<T>;
   using Tile = ForwardTile<T>;
   const int lane = threadIdx.x % 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * Tile::kOwn;
   Stages<T, Tile> stages(anchors, keys, first, (anchors.width + Tile::kWidth - 1) / Tile::kWidth - 1, resident);
-  const A* const constants[1] = {log2_weights};
+  const A* const constants[1] = {log_weights};
   A largest[Tile::kRows][2], sum[Tile::kRows][2];
 #pragma unroll
   for (int m = 0; m < Tile::kRows; ++m) {
@@ -260,15 +269,15 @@ __global__ void __launch_bounds__(kPairThreads, 2)
       stages.advance(constants);
       add_similarities<T, Tile::kWidth>(s, stages.template own<1>(), stages.template others<1>(), lane);
     }
-    const A* log2_weight = stages.template constants<1>() + lane % 4 * 2;
+    const A* log_weight = stages.template constants<1>() + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Tile::kColumns; ++n) {
-      const A even = log2_weight[n * 8], odd = log2_weight[n * 8 + 1];
+      const A even = log_weight[n * 8], odd = log_weight[n * 8 + 1];
 #pragma unroll
       for (int m = 0; m < Tile::kRows; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          s[m][n][i] = fma(s[m][n][i], factor, i % 2 == 0 ? even : odd);
+          s[m][n][i] = fma(s[m][n][i], inverse_temperature, i % 2 == 0 ? even : odd);
         }
       }
     }
@@ -282,11 +291,11 @@ __global__ void __launch_bounds__(kPairThreads, 2)
           above = fmax(above, fmax(s[m][n][2 * lower], s[m][n][2 * lower + 1]));
         }
         const A base = base_of(above);
-        A even = sum[m][lower] * power_of_2(largest[m][lower] - base), odd = 0;
+        A even = sum[m][lower] * exponential(largest[m][lower] - base), odd = 0;
 #pragma unroll
         for (int n = 0; n < Tile::kColumns; ++n) {
-          even += power_of_2(s[m][n][2 * lower] - base);
-          odd += power_of_2(s[m][n][2 * lower + 1] - base);
+          even += exponential(s[m][n][2 * lower] - base);
+          odd += exponential(s[m][n][2 * lower + 1] - base);
         }
         sum[m][lower] = even + odd;
         largest[m][lower] = above;
@@ -303,22 +312,15 @@ __global__ void __launch_bounds__(kPairThreads, 2)
         const A other_top = __shfl_xor_sync(0xffffffff, top, distance);
         const A other_total = __shfl_xor_sync(0xffffffff, total, distance);
         const A above = fmax(top, other_top), base = base_of(above);
-        total = total * power_of_2(top - base) + other_total * power_of_2(other_top - base);
+        total = total * exponential(top - base) + other_total * exponential(other_top - base);
         top = above;
       }
       const int64_t row = first + threadIdx.x / 32 * Tile::kWarpRows + m * 16 + lower * 8 + lane / 4;
       if (lane % 4 == 0 && row < anchors.count) {
-        log_d[row] = (base_of(top) + log2(total)) * static_cast<A>(kLn2);
+        log_d[row] = base_of(top) + log(total);
       }
     }
   }
-}
-
-// 2^x / D: the share of a key in an anchor's sum. log D is brought to powers of two without a rounding of its own,
-// which at low temperatures would be the largest error.
-template <typename A>
-__device__ A share(A x, A log_d) {
-  return power_of_2(fma(log_d, static_cast<A>(-kLog2E), x));
 }
 
 // A gradient, (rows, columns) numbers of any strides, counted in numbers.
@@ -332,24 +334,24 @@ struct Gradient {
 template <typename T, bool WIDE, Own OWN>
 __global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
     pair_backward(Rows<T> own, Rows<T> others, PerRow<Accumulator<T>> per_own, PerRow<Accumulator<T>> per_other,
-                  Accumulator<T> factor, Accumulator<T> inverse_temperature, bool resident, Gradient<T> out) {
+                  Accumulator<T> inverse_temperature, bool resident, Gradient<T> out) {
   using A = Accumulator<T>;
   using Tile = BackwardTile<T, WIDE>;
   constexpr int kConstants = (is_anchor(OWN) ? 1 : 0) + (is_key(OWN) ? 2 : 0);
-  constexpr int kLogD = is_anchor(OWN) ? 1 : 0;  // the arrays' order: log2 w, log D, a
+  constexpr int kLogD = is_anchor(OWN) ? 1 : 0;  // the arrays' order: log w, log D, a
   const int lane = threadIdx.x % 32, chunk_of_block = static_cast<int>(blockIdx.y);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * Tile::kOwn;
   const int64_t lane_row = first + threadIdx.x / 32 * Tile::kWarpRows + lane / 4;
   Stages<T, Tile> stages(own, others, first, chunk_of_block, resident);
   const A* constants[kConstants];
   if constexpr (is_anchor(OWN)) {
-    constants[0] = per_other.log2_weights;
+    constants[0] = per_other.log_weights;
   }
   if constexpr (is_key(OWN)) {
     constants[kLogD] = per_other.log_d;
     constants[kLogD + 1] = per_other.coefficients;
   }
-  A log_d[Tile::kRows][2], coefficient[Tile::kRows][2], log2_weight[Tile::kRows][2];
+  A log_d[Tile::kRows][2], coefficient[Tile::kRows][2], log_weight[Tile::kRows][2];
 #pragma unroll
   for (int m = 0; m < Tile::kRows; ++m) {
 #pragma unroll
@@ -357,7 +359,7 @@ __global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
       const int64_t row = lane_row + m * 16 + lower * 8;
       log_d[m][lower] = is_anchor(OWN) ? per_own.log_d[row] : A(0);
       coefficient[m][lower] = is_anchor(OWN) ? per_own.coefficients[row] : A(0);
-      log2_weight[m][lower] = is_key(OWN) ? per_own.log2_weights[row] : A(0);
+      log_weight[m][lower] = is_key(OWN) ? per_own.log_weights[row] : A(0);
     }
   }
   A gradient[Tile::kRows][Tile::kWidth / 8][4] = {};
@@ -379,7 +381,7 @@ __global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
         for (int m = 0; m < Tile::kRows; ++m) {
           A p = 0;
           if constexpr (is_anchor(OWN)) {
-            p = share(fma(s[m][n][i], factor, per_column[column]), log_d[m][lower]);
+            p = exponential(fma(s[m][n][i], inverse_temperature, per_column[column]) - log_d[m][lower]);
           }
           if constexpr (OWN == Own::kBoth) {
             p *= coefficient[m][lower];  // of anchors alone the whole sum takes it
@@ -387,7 +389,8 @@ __global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
           if constexpr (is_key(OWN)) {
             const A other_log_d = per_column[kLogD * Tile::kOthers + column];
             const A other_coefficient = per_column[(kLogD + 1) * Tile::kOthers + column];
-            p = fma(other_coefficient, share(fma(s[m][n][i], factor, log2_weight[m][lower]), other_log_d), p);
+            p = fma(other_coefficient,
+                    exponential(fma(s[m][n][i], inverse_temperature, log_weight[m][lower]) - other_log_d), p);
           }
           s[m][n][i] = p;
         }
@@ -412,12 +415,12 @@ __global__ void __launch_bounds__(kPairThreads, BackwardTile<T, WIDE>::kBlocks)
   }
 }
 
-// log2 w of keys, up to the padded count.
+// log w of keys, up to the padded count.
 template <typename A>
-__global__ void pair_key_numbers(const A* weights, int64_t stride, int64_t count, int64_t padded, A* log2_weights) {
+__global__ void pair_key_numbers(const A* weights, int64_t stride, int64_t count, int64_t padded, A* log_weights) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (j < padded) {
-    log2_weights[j] = j < count ? log2(weights[j * stride]) : -kInfinity<A>;
+    log_weights[j] = j < count ? log(weights[j * stride]) : -kInfinity<A>;
   }
 }
 
@@ -490,10 +493,10 @@ template <typename A, typename Allocate>
 void key_numbers(const Vector<A>& weights, PerRow<A>& per_row, const Allocate& allocate, Stream stream) {
   const int64_t size = padded(weights.size);
   if (size > 0) {
-    auto* log2_weights = static_cast<A*>(allocate(size * static_cast<int64_t>(sizeof(A))));
+    auto* log_weights = static_cast<A*>(allocate(size * static_cast<int64_t>(sizeof(A))));
     launch(pair_key_numbers<A>, element_blocks(size), kElementThreads, 0, stream, weights.data, weights.stride,
-           weights.size, size, log2_weights);
-    per_row.log2_weights = log2_weights;
+           weights.size, size, log_weights);
+    per_row.log_weights = log_weights;
   }
 }
 
@@ -526,8 +529,8 @@ void pair_logsumexp(const Matrix<T>& anchors, const Matrix<T>* keys, const Vecto
   const int chunks = (own.width + Tile::kWidth - 1) / Tile::kWidth;
   const bool resident = Stages<T, Tile>::shared_bytes(1, true, chunks) <= kMostSharedBytes;
   launch(pair_forward<T>, dim3(static_cast<unsigned>((own.count + Tile::kOwn - 1) / Tile::kOwn)), kPairThreads,
-         Stages<T, Tile>::shared_bytes(1, resident, chunks), stream, own, others, per_key.log2_weights,
-         static_cast<A>(kLog2E / temperature), resident, log_d);
+         Stages<T, Tile>::shared_bytes(1, resident, chunks), stream, own, others, per_key.log_weights,
+         static_cast<A>(1 / temperature), resident, log_d);
 }
 
 // Writes the gradient (N, d) of one set of rows.
@@ -543,7 +546,7 @@ void launch_backward(const Rows<T>& own, const Rows<T>& others, const PerRow<Acc
   launch(pair_backward<T, WIDE, OWN>,
          dim3(static_cast<unsigned>((own.count + Tile::kOwn - 1) / Tile::kOwn), static_cast<unsigned>(chunks)),
          kPairThreads, Stages<T, Tile>::shared_bytes(kConstants, resident, chunks), stream, own, others, per_own,
-         per_other, static_cast<A>(kLog2E / temperature), static_cast<A>(1 / temperature), resident, out);
+         per_other, static_cast<A>(1 / temperature), resident, out);
 }
 
 template <Own OWN, typename T>
@@ -572,7 +575,7 @@ void pair_logsumexp_backward(const Vector<Accumulator<T>>& grad, const Accumulat
   key_numbers(weights, per_key, allocate, stream);
   const Rows<T> own = as_rows(anchors, allocate, stream);
   if (keys == nullptr) {
-    per_anchor.log2_weights = per_key.log2_weights;
+    per_anchor.log_weights = per_key.log_weights;
     choose_backward<Own::kBoth>(own, own, per_anchor, per_anchor, temperature, grad_anchors, stream);
     return;
   }
