@@ -182,7 +182,7 @@ def test_many_rows(number):
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_float32_products_as_precise_as_torch_is_told(capability, precision):
-    """"high": factors of two bfloat16 numbers, where the chip multiplies them so fast that it pays."""
+    """ "high": factors of two bfloat16 numbers, where the chip multiplies them so fast that it pays."""
     rows, weights, upstream = rows_of(300, 64, torch.float32), torch.rand(300) / 300, torch.randn(300)
     truth = log_d_and_gradients(rows.double(), None, weights.double(), 1.0, upstream, oracle=True)
     torch.set_float32_matmul_precision(precision)
