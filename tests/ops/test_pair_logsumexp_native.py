@@ -1,5 +1,5 @@
-"""The C++ operators behind pair_logsumexp and intra_exact, in every build of their vector kernels that this CPU can run,
-against the equations in float64."""
+"""The C++ operators behind pair_logsumexp and intra_exact against the equations in float64, in every build of their
+vector kernels that this CPU can run."""
 
 import math
 import os
@@ -53,8 +53,8 @@ def log_d_and_gradients(
 def agree(
     anchors: Tensor, keys: Tensor | None, weights: Tensor, temperature: float = 1.0, slack: float = 4.0
 ) -> tuple[Tensor, ...]:
-    """float64 to rounding; lower precision by errors of at most 2x (values) and 3x (gradients) those of torch in the same
-    dtype, plus some units of float32, in which both accumulate."""
+    """float64 to rounding; lower precision by errors of at most 2x (values) and 3x (gradients) those of torch in the
+    same dtype, plus some units of float32, in which both accumulate."""
     upstream = torch.randn(len(anchors))
     ours = log_d_and_gradients(anchors, keys, weights, temperature, upstream)
     wide = [None if t is None else t.double() for t in (anchors, keys, weights)]
