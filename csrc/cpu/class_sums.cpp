@@ -39,10 +39,12 @@ constexpr int64_t kChunkTotals = 8;
 // Elements of a tile that is read twice: 128 KiB of float32, so that it stays in a second-level cache.
 constexpr int64_t kTileElements = 32768;
 // Pixels of a tile: float32 sums run over at most this many terms (a lane: kBlockTerms) before they go to a double.
-constexpr int64_t kMinTilePixels = 32, kMaxTilePixels = 512, kBlockTerms = 64;
+constexpr int64_t kMinTilePixels = 32, kMaxTilePixels = 512, kBlockTerms = 128;
 // Channels and pixels that one pass over a piece of the labels writes the plain gradient of: 64 KiB of float32 a
 // channel, so that memory is written in its order, and a fresh page while it is still in a cache.
 constexpr int64_t kWrittenChannels = 16, kWrittenPixels = 16384;
+// Classes of a tile up to which each channel is read once a few of them; beyond, the classes' own pixels are gathered.
+constexpr int64_t kStreamedClasses = 14;
 // Feature rows a thread gathers the gradient of at once; one label row in eight ratios is interpolated twice.
 constexpr int64_t kStripRows = 8;
 // Elements below which another thread costs more than it saves.
@@ -423,6 +425,14 @@ class TileSums {
       present_.push_back({k, 0});
     }
     const int64_t classes = static_cast<int64_t>(present.size());
+    if (classes <= kStreamedClasses) {
+      run.add_streams(tile.data, tile.channel, count, d_, present_.data(), classes, codes, scale, sums_, d_);
+      if (squares_) {  // the norms are one channel more
+        loops_of<A>().add_streams(norms_.data(), 0, count, 1, present_.data(), classes, codes, nullptr, square_sums_,
+                                  1);
+      }
+      return;
+    }
     loops().labels.find_blocks(codes, count, run.lanes, present_.data(), classes, blocks_.data());
     run.add_blocks(tile.data, tile.channel, d_, blocks_.data(), present_.data(), classes, codes, scale, sums_, d_,
                    count);

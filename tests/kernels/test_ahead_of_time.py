@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, so there is nothing to compile")
 
+import triton
+
 from in2nect.kernels.table import ARCHITECTURES, SHARED_MEMORY, TABLE
 from tests.kernels import aot
 
@@ -95,6 +97,11 @@ def test_shared_memory_fits(report, architecture):
     assert not too_large, lines(too_large)
 
 
+# The table is tuned on this release of Triton. Others allocate registers a little differently, so with them a loop may
+# hold a few accesses to local memory: more would be a tile that does not fit.
+TUNED_ON = "3.9"
+SPILLS_OF_OTHERS = 4
+
 # Of what may not spill, three cases that do, once a loop; none is what networks train with.
 KNOWN_SPILLS = {
     # one feature is loaded at a time, and 256 classes fill the registers
@@ -108,10 +115,11 @@ KNOWN_SPILLS = {
 
 @every_architecture
 def test_no_loop_spills(report, architecture):
+    allowed = 0 if triton.__version__.startswith(f"{TUNED_ON}.") else SPILLS_OF_OTHERS
     spilling = {
         case(row): row["local in loops"]
         for row in report["launches"]
-        if row["local in loops"] > KNOWN_SPILLS.get((architecture, row["kernel"], row["case"]), 0)
+        if row["local in loops"] > max(allowed, KNOWN_SPILLS.get((architecture, row["kernel"], row["case"]), 0))
     }
     assert not spilling, lines(spilling)
 

@@ -23,6 +23,14 @@ constexpr int kBytes = 16;
 constexpr int64_t kAheadChannels = 4;
 // How far ahead a stream of rows is asked for: a hardware prefetcher stops at the end of each page of 4 KiB.
 constexpr int64_t kAheadBytes = 4096;
+// Streams: how many channels are read side by side, and of how many classes the sums stay in registers meanwhile (28 of
+// AVX-512's 32, 8 of the others' 16). The lines ahead are those of the streams themselves.
+#if defined(__AVX512F__)
+constexpr int kStreamChannels = 4, kStreamClasses = 7;
+#else
+constexpr int kStreamChannels = 2, kStreamClasses = 4;
+#endif
+constexpr int64_t kStreamAheadBytes = 1024;
 // A row no longer than this counts as zero, as in ../../common/tensors.h.
 constexpr double kZeroNorm = 1e-12;
 
@@ -442,6 +450,116 @@ void add_blocks(const S* z, int64_t channel, int64_t d, const Block* blocks, con
   }
 }
 
+// sum_k += v where the code is label_k, for some classes and channels at once.
+template <typename A, int kChannels>
+inline void add_masked(const Mask<A>& codes, const int32_t* labels, const Vector<A> (&v)[kChannels],
+                       Vector<A> (&sums)[kChannels][kStreamClasses]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < kStreamClasses; ++k) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+      const __mmask16 mask = _mm512_cmpeq_epi32_mask((__m512i)codes, _mm512_set1_epi32(labels[k]));
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) {
+        sums[c][k] = _mm512_mask_add_ps(sums[c][k], mask, sums[c][k], v[c]);
+      }
+      continue;
+    }
+#endif
+    const Mask<A> mask = codes == labels[k];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) {
+      sums[c][k] += (Vector<A>)((Mask<A>)v[c] & mask);
+    }
+  }
+}
+
+// The codes of a block as wide as accumulators.
+template <typename A>
+inline Mask<A> wide_codes(const int32_t* codes) {
+  const auto narrow = load_raw<typename VectorOf<A>::codes>(codes);
+  if constexpr (sizeof(A) == 4) {
+    return narrow;
+  } else {
+    return __builtin_convertvector(narrow, Mask<A>);
+  }
+}
+
+template <typename S, typename A, int kChannels, bool kScaled>
+inline void stream_channels(const S* z, int64_t channel, int64_t count, const ClassOfBlocks* present,
+                            int64_t present_count, const int32_t* codes, const A* scale, double* sums,
+                            int64_t stride) {
+  constexpr int64_t kAhead = kStreamAheadBytes / static_cast<int64_t>(sizeof(S));
+  for (int64_t first = 0; first < present_count; first += kStreamClasses) {
+    const int64_t group = present_count - first < kStreamClasses ? present_count - first : kStreamClasses;
+    int32_t labels[kStreamClasses];
+    for (int64_t k = 0; k < kStreamClasses; ++k) {
+      labels[k] = k < group ? present[first + k].label : INT32_MIN;  // the code of no pixel
+    }
+    Vector<A> totals[kChannels][kStreamClasses] = {};
+    const auto add_block = [&](int64_t i, const Vector<A>(&block)[kChannels]) {
+      add_masked<A, kChannels>(wide_codes<A>(codes + i), labels, block, totals);
+    };
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) {
+      Vector<A> block[kChannels];
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) {
+        __builtin_prefetch(z + c * channel + i + kAhead);
+        block[c] = load(z + c * channel + i);
+        if constexpr (kScaled) {
+          block[c] *= load(scale + i);
+        }
+      }
+      add_block(i, block);
+    }
+    if (i < count) {
+      Vector<A> block[kChannels];
+      for (int c = 0; c < kChannels; ++c) {
+        block[c] = load_some<A>(z + c * channel + i, count - i);
+        if constexpr (kScaled) {
+          block[c] *= load_some<A>(scale + i, count - i);
+        }
+      }
+      int32_t rest[kLanes<A>];
+      for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
+        rest[lane] = i + lane < count ? codes[i + lane] : -1;
+      }
+      add_masked<A, kChannels>(wide_codes<A>(rest), labels, block, totals);
+    }
+    for (int64_t k = 0; k < group; ++k) {
+      for (int c = 0; c < kChannels; ++c) {
+        sums[labels[k] * stride + c] += static_cast<double>(total<A>(totals[c][k]));
+      }
+    }
+  }
+}
+
+template <typename S, typename A, bool kScaled>
+inline void stream_all_channels(const S* z, int64_t channel, int64_t count, int64_t d, const ClassOfBlocks* present,
+                                int64_t present_count, const int32_t* codes, const A* scale, double* sums,
+                                int64_t stride) {
+  int64_t c = 0;
+  for (; c + kStreamChannels <= d; c += kStreamChannels) {
+    stream_channels<S, A, kStreamChannels, kScaled>(z + c * channel, channel, count, present, present_count, codes,
+                                                    scale, sums + c, stride);
+  }
+  for (; c < d; ++c) {
+    stream_channels<S, A, 1, kScaled>(z + c * channel, channel, count, present, present_count, codes, scale, sums + c,
+                                      stride);
+  }
+}
+
+template <typename S, typename A>
+void add_streams(const S* z, int64_t channel, int64_t count, int64_t d, const ClassOfBlocks* present,
+                 int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride) {
+  if (scale != nullptr) {
+    stream_all_channels<S, A, true>(z, channel, count, d, present, present_count, codes, scale, sums, stride);
+  } else {
+    stream_all_channels<S, A, false>(z, channel, count, d, present, present_count, codes, scale, sums, stride);
+  }
+}
+
 template <typename S, typename A>
 void add_pixels(const S* z, int64_t pixel, int64_t count, int64_t d, const int32_t* codes, const A* scale,
                 const A* norms, A* sums, A* squares) {
@@ -662,6 +780,7 @@ constexpr ClassSumsLoops<S, A> loops() {
           norms_pixels<S, A>,
           norms_channels<S, A>,
           add_blocks<S, A>,
+          add_streams<S, A>,
           add_pixels<S, A>,
           gradient_pixels<S, A>,
           gradient_channels<S, A>,

@@ -113,7 +113,7 @@ template <typename A>
 struct Exp2;
 
 // 2^x for x <= 1, 0 below the smallest normal number; at most 2 ulp. x is split into a whole number, which goes into the
-// exponent's bits, and the rest in [-1/2, 1/2], for which the minimax polynomial is off by 7.5e-8. NaN stays NaN.
+// exponent's bits, and the rest in [-1/2, 1/2], for which the minimax polynomial is off by 2e-9. NaN stays NaN.
 template <>
 struct Exp2<float> {
   static constexpr float kLowest = -127.0F, kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to a whole number
@@ -121,12 +121,13 @@ struct Exp2<float> {
     x = x < kLowest ? broadcast(kLowest) : x;  // there the exponent's bits come to 0, and 2^x to 0
     const Vec<float> rounded = x + kRound;
     const Vec<float> f = x - (rounded - kRound);
-    Vec<float> p = broadcast(1.3276472e-3F);
-    p = p * f + 9.6755413e-3F;
-    p = p * f + 5.5507133e-2F;
-    p = p * f + 2.4022120e-1F;
-    p = p * f + 6.9314697e-1F;
-    p = p * f + 1.0000001F;
+    Vec<float> p = broadcast(1.5345812e-4F);
+    p = p * f + 1.3399931e-3F;
+    p = p * f + 9.6184890e-3F;
+    p = p * f + 5.5503288e-2F;
+    p = p * f + 2.4022647e-1F;
+    p = p * f + 6.9314721e-1F;
+    p = p * f + 1.0F;
     using Bits = VectorOf<float>::Bits;
     return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(rounded) << 23));
   }
@@ -144,7 +145,7 @@ struct Exp2<double> {
     p = p * f + 7.0741056262456594e-9;
     p = p * f + 1.0178198033328528e-7;
     p = p * f + 1.3215433089594629e-6;
-    p = p * f + 1.5252733529948961e-5;
+    p = p * f + 1.5252733489960805e-5;
     p = p * f + 1.5403530462514613e-4;
     p = p * f + 1.3333558146789950e-3;
     p = p * f + 9.6181291075083351e-3;
