@@ -141,14 +141,14 @@ struct Exp2<double> {
     x = x < kLowest ? broadcast(kLowest) : x;
     const Vec<double> rounded = x + kRound;
     const Vec<double> f = x - (rounded - kRound);
-    Vec<double> p = broadcast(4.4352809443610336e-10);
+    Vec<double> p = broadcast(4.4352809446103363e-10);
     p = p * f + 7.0741056262456594e-9;
     p = p * f + 1.0178198033328528e-7;
     p = p * f + 1.3215433089594629e-6;
     p = p * f + 1.5252733489960805e-5;
     p = p * f + 1.5403530462514613e-4;
     p = p * f + 1.3333558146789950e-3;
-    p = p * f + 9.6181291075083351e-3;
+    p = p * f + 9.618129107588335e-3;
     p = p * f + 5.5504108664819921e-2;
     p = p * f + 2.4022650695910156e-1;
     p = p * f + 6.9314718055994533e-1;
