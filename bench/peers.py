@@ -27,6 +27,7 @@ from in2nect.labels import to_feature_grid
 from in2nect.reference import all_rows
 
 EPSILON = 1e-12  # as in2nect's: shorter rows count as zero
+HURRIED_PIXELS = 8192  # up to here a run on the CPU is over in minutes, and compilations would be most of it
 MATERIALISED = 5  # matrices of N x M in float32 that autograd keeps at once, at most, where pairs are materialised
 
 Outputs = tuple[Tensor, ...]
@@ -247,15 +248,16 @@ def _cross_entropy_chunks(problem: Problem) -> tuple[int | None, ...]:
     return (None, *_chunks(problem))
 
 
-def _one_chunk(problem: Problem) -> tuple[int | None, ...]:
-    """On the CPU a compilation takes many seconds: the larger block only."""
-    return _chunks(problem)[-1:] if problem.device.type == "cpu" else _chunks(problem)
+def _compiled_chunks(problem: Problem) -> tuple[int | None, ...]:
+    """On the CPU a compilation takes many seconds: for sizes of the default run the larger block only."""
+    hurried = problem.device.type == "cpu" and problem.pixels <= HURRIED_PIXELS
+    return _chunks(problem)[-1:] if hurried else _chunks(problem)
 
 
 PAIR_SUMS = (
     PairSum("torch_naive", _naive, why_not=_pairs_do_not_fit),
     PairSum("torch_checkpoint", _checkpointed, chunks=_chunks),
-    PairSum("torch_compile", _compiled, chunks=_one_chunk, compiles=True),
+    PairSum("torch_compile", _compiled, chunks=_compiled_chunks, compiles=True),
     PairSum(
         "linear_cross_entropy",
         _linear_cross_entropy,

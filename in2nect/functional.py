@@ -2,7 +2,8 @@
 
 Time: ``exact`` O(N^2 d), ``sampled`` O(N d + (K m)^2 d), ``moments`` O(N d (K + d)), or O(N K d^2) with a covariance a
 class. None keeps an N x N matrix, but ``moments`` holds the rows of every pixel in float32, at label resolution too,
-until it is an operator of its own; so does ``exact`` off the Triton kernels, and with them at label resolution.
+until it is an operator of its own; so does ``exact`` off the Triton kernels (in C++ the labelled rows, twice), and
+with them at label resolution.
 Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
 ``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
 use :func:`in2nect.reference.intra_class_loss`.

@@ -1,7 +1,8 @@
 """``in2nect::pair_logsumexp``: log D_i of Eq. 6, one log-sum-exp a row over weighted columns.
 
-The reference works through tiles of anchors: O(N^2 d) time, O(tile x N) memory, backward recomputed. Once
-differentiable.
+O(N^2 d) time, of one set by half the pairs in C++ and Triton; the backward is recomputed. The reference works through
+tiles of anchors in O(tile x N) memory, the others in O((N + M) d). Once differentiable. Deterministic: cpp and cuda
+always, triton and the reference under torch.use_deterministic_algorithms.
 """
 
 from __future__ import annotations
