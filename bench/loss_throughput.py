@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="names or patterns of implementations: reference, cpp, cuda, triton (ours, by backend), on CUDA also "
         "triton_deterministic and cuda_deterministic (under torch.use_deterministic_algorithms, which also fills every "
-        "fresh tensor), and the peers that the tables name (default: %(default)s)",
+        "fresh tensor), on the CPU cpp_portable, cpp_avx2, cpp_avx512, cpp_avx512_bf16, cpp_amx (cpp as a lesser CPU "
+        "runs it; only if asked for) and cpp_two_bf16 (float32 rows as two bfloat16 numbers each, where the CPU has "
+        "AMX), and the peers that the tables name (default: %(default)s)",
     )
     what.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the tensors are (default: cuda where there is one)"
@@ -334,7 +336,7 @@ def _absent(problem: Problem, chosen: Sequence[Implementation]) -> dict[str, str
     return {
         one.name: one.missing
         for one in implementations(problem)
-        if one.kind == "ours" and one.missing is not None and one.name not in shown and not one.deterministic
+        if one.kind == "ours" and one.missing is not None and one.name not in shown and one.name in backend.BACKENDS
     }
 
 
@@ -397,7 +399,7 @@ def _growth(
 
 def _by_default(problem: Problem) -> Implementation:
     """Ours as a user gets it, on the backends that the device chooses by itself; named after the first of them."""
-    ours = [one for one in implementations(problem) if one.kind == "ours" and not one.deterministic]
+    ours = [one for one in implementations(problem) if one.name in backend.BACKENDS]
     there = {one.name: one for one in ours if one.missing is None}
     name = next(name for name in ("triton", "cuda", "cpp", "reference") if name in there)
     return replace(there[name], backend=None)

@@ -78,6 +78,7 @@ def ceilings_text(ceilings: dict[torch.dtype, Ceilings]) -> str:
     for position, one in enumerate(ceilings.values()):
         if position == 0:
             lines.append(f"  {one.bytes / 1e9:10.4g} GB/s       {one.how['bytes']}")
+            lines.append(f"  {one.reads / 1e9:10.4g} GB/s       {one.how['reads']}")
         lines.append(f"  {one.flops / 1e9:10.4g} GFLOP/s    {one.how['flops']}")
         lines.append(f"  {one.exponentials / 1e9:10.4g} Gexp/s     {one.how['exponentials']}")
     return "\n".join(lines)

@@ -35,6 +35,7 @@ from problems import (
 )
 from timing import Outputs, Times, extra_memory, time_runs
 
+from in2nect import native
 from in2nect.ops import backend
 
 ROTATING_SHARE = 0.25  # of the free memory, at most, for copies of the inputs
@@ -55,19 +56,24 @@ class Implementation:
     sampler: Callable[[Problem, Inputs], torch.Tensor] | None = None
     backend: str | None = None
     deterministic: bool = False
+    capability: str | None = None  # of the CPU, where it is not the best
+    precision: str = "highest"  # of float32 products (torch.set_float32_matmul_precision)
     missing: str | None = None  # why it is not here
 
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
-        """Its backend and its determinism, for a forward and its backward."""
-        was = torch.are_deterministic_algorithms_enabled()
-        with backend.use_backend(self.backend), warnings.catch_warnings():
+        """Its backend, its CPU's capability, its determinism and precision, for a forward and its backward."""
+        was = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+        capability = native.use_cpu_capability(self.capability) if self.capability else contextlib.nullcontext()
+        with backend.use_backend(self.backend), capability, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.use_deterministic_algorithms(self.deterministic)
+            torch.set_float32_matmul_precision(self.precision)
             try:
                 yield
             finally:
-                torch.use_deterministic_algorithms(was)
+                torch.use_deterministic_algorithms(was[0])
+                torch.set_float32_matmul_precision(was[1])
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ def implementations(problem: Problem) -> list[Implementation]:
         found.append(Implementation(name, "ours", _ours, backend=name, missing=reason))
         if problem.device.type == "cuda" and name != "reference":
             found.append(replace(found[-1], name=name + DETERMINISTIC, deterministic=True))
+        if name == "cpp" and problem.device.type == "cpu":
+            found += _cpp_variants(problem, found[-1])
     for peer in peers(problem):
         reason = peer.why_not(problem)
         chunks = (None,) if reason else peer.chunks(problem)
@@ -161,12 +169,27 @@ def implementations(problem: Problem) -> list[Implementation]:
     return found
 
 
+def _cpp_variants(problem: Problem, plain: Implementation) -> list[Implementation]:
+    """The C++ operators as a lesser CPU would run them, and float32 rows as pairs of bfloat16 numbers, for chips that
+    multiply those many times faster."""
+    variants = []
+    for name in native.CPU_CAPABILITIES[:-1]:  # the last is for tests
+        there = name in native.available_cpu_capabilities()
+        missing = plain.missing or (None if there else f"this CPU has no {name}")
+        variants.append(replace(plain, name=f"cpp_{name}", capability=name, missing=missing))
+    if problem.dtype == torch.float32:
+        slow = plain.missing or (None if native.cpu_capability() == "amx" else "it is for CPUs with AMX")
+        variants.append(replace(plain, name="cpp_two_bf16", precision="high", missing=slow))
+    return variants
+
+
 def selected(found: Sequence[Implementation], patterns: Sequence[str]) -> list[Implementation]:
-    """Those whose name fits a pattern; ours that are not here only where they are named in full."""
+    """Those whose name fits a pattern; ours that are not here only where they are named in full, and the C++ operators
+    of a lesser CPU only where a pattern asks for more than everything."""
     return [
         one
         for one in found
-        if any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)
+        if any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns if pattern != "*" or not one.capability)
         and (one.missing is None or one.kind == "peer" or one.name in patterns)
     ]
 

@@ -9,7 +9,8 @@
 
 namespace in2nect::cpu {
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> class_sums(
+// Sums, counts and squares of the classes, and how many labels are neither a class nor the ignored one.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, int64_t> class_sums(
     torch::stable::Tensor features, torch::stable::Tensor labels, int64_t num_classes, int64_t ignore_index,
     bool normalize, bool squares);
 

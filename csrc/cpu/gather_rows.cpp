@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "../common/tensors.h"
-#include "pages.h"
+#include "memory.h"
 #include "views.h"
 
 namespace in2nect::cpu {
@@ -475,7 +475,7 @@ Tensor gather_rows_backward(Tensor grad, Tensor features, Tensor indices, int64_
               grad.scalar_type() == type,
           name, ": grad must be (", shape.rows, ", ", shape.channels, ") ", torch::headeronly::toString(type));
   Tensor gradient = torch::stable::empty_like(features);
-  prefer_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
+  advise_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
   dispatch_features(name, features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     scatter<T>(grad, view<T>(features), pixels, shape, normalize, mutable_view<T>(gradient));

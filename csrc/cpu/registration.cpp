@@ -11,7 +11,7 @@
 STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
   library.def(
       "class_sums(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize, bool squares)"
-      " -> (Tensor sums, Tensor counts, Tensor squares)");
+      " -> (Tensor sums, Tensor counts, Tensor squares, int strays)");
   library.def(
       "class_sums_backward(Tensor? grad_sums, Tensor? grad_squares, Tensor features, Tensor labels, int ignore_index,"
       " bool normalize) -> Tensor");

@@ -44,6 +44,20 @@ class Labels {
         classes_(classes),
         ignore_(ignore_index) {}
 
+  const void* at(int64_t b, int64_t y, int64_t x) const {
+    const int64_t bytes = type_ == ScalarType::Byte ? 1 : type_ == ScalarType::Int ? 4 : 8;
+    return static_cast<const char*>(data_) + bytes * (b * image_ + y * row_ + x * column_);
+  }
+  ScalarType type() const {
+    return type_;
+  }
+  int64_t row() const {
+    return row_;
+  }
+  int64_t column() const {
+    return column_;
+  }
+
   // The classes of `count` pixels from (b, y, x) on; kSkip for a pixel that belongs to none.
   void read(int64_t b, int64_t y, int64_t x, int64_t count, int32_t* out) const {
     const int64_t offset = b * image_ + y * row_ + x * column_;

@@ -9,7 +9,6 @@
 #include "class_sums.h"
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,6 +16,7 @@
 #include <algorithm>
 
 #include "../common/class_sums.h"
+#include "stream.h"
 
 namespace in2nect::cuda {
 namespace {
@@ -263,12 +263,6 @@ void require_same_grid(const Shape& shape, const Tensor& features, const Tensor&
   require(features.get_device_index() == labels.get_device_index(), "class_sums: features are on cuda:",
           features.get_device_index(), " and labels on cuda:", labels.get_device_index(),
           "; move them to one device");
-}
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 unsigned blocks(int64_t items, int64_t per_block) {

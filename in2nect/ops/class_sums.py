@@ -62,9 +62,12 @@ def _class_sums(
     squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("class_sums", features.device)
-    check_unless_checked(run, labels, num_classes, ignore_index)
-    labels = _rows_labels(features, labels, resolution)
-    return run(features, labels, num_classes, ignore_index, normalize, squares)
+    rows_labels = _rows_labels(features, labels, resolution)
+    if labels.is_cuda or rows_labels is labels:
+        check_unless_checked(run, labels, num_classes, ignore_index)
+    else:  # a kernel would see those alone that were picked
+        check_values(labels, num_classes, ignore_index)
+    return run(features, rows_labels, num_classes, ignore_index, normalize, squares)
 
 
 def _class_sums_fake(
@@ -168,9 +171,9 @@ differentiable("class_sums_backward", _second, _setup_second)
 
 
 def check_unless_checked(run: Callable, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """:func:`in2nect.labels.check_values`, but for a kernel which on CUDA asserts what it reads: that spares the labels
-    several passes of their own."""
-    if not (labels.is_cuda and getattr(run, "checks_labels", False)):
+    """:func:`in2nect.labels.check_values`, but for a kernel which on this device checks what it reads: that spares the
+    labels several passes of their own."""
+    if getattr(run, "checks_labels", None) != labels.device.type:
         check_values(labels, num_classes, ignore_index)
 
 
@@ -252,7 +255,18 @@ def _axis_weights(pixels: int, cells: int, like: Tensor) -> Tensor:
 
 
 def _native(namespace: str, name: str) -> Callable[..., Any]:
-    """The compiled operator; the CUDA one takes labels on the features' grid, and leaves others to the reference."""
+    """The compiled operator; the CUDA one takes labels on the features' grid, and leaves others to the reference. The
+    CPU one counts the labels that are none, and check_values tells which those are."""
+
+    def checked(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, *flags: bool) -> Any:
+        *results, strays = torch.ops.in2nect_cpp.class_sums(features, labels, num_classes, ignore_index, *flags)
+        if strays:
+            check_values(labels, num_classes, ignore_index)
+        return tuple(results)
+
+    if (namespace, name) == ("in2nect_cpp", "class_sums"):
+        checked.checks_labels = "cpu"  # type: ignore[attr-defined]
+        return checked
 
     def call(*arguments: Any) -> Any:
         features, labels = (a for a in arguments if isinstance(a, Tensor) and a.dim() >= 3)
@@ -270,6 +284,6 @@ for _backend in ("cpp", "cuda"):
         implementation(_name, _backend)(_native(f"in2nect_{_backend}", _name))
 
 _triton: Any = kernel("class_sums")
-_triton.checks_labels = True
+_triton.checks_labels = "cuda"  # by assertions on the device
 implementation("class_sums", "triton")(_triton)
 implementation("class_sums_backward", "triton")(kernel("class_sums", "class_sums_backward"))

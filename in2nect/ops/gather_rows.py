@@ -15,7 +15,7 @@ from torch import Tensor
 
 from in2nect import reference
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, kernel, select
+from in2nect.ops.backend import implementation, kernel, native_operator, select
 from in2nect.ops.class_sums import through_normalization
 
 
@@ -146,15 +146,7 @@ def _neighbours(pixel: Tensor, cells: int, pixels: int, dtype: torch.dtype) -> t
     return lower, (lower + 1).clamp(max=cells - 1), (position - lower).to(dtype)
 
 
-@implementation("gather_rows", "cpp")
-def _cpp(features: Tensor, indices: Tensor, height: int, width: int, normalize: bool) -> Tensor:
-    return torch.ops.in2nect_cpp.gather_rows(features, indices, height, width, normalize)
-
-
-@implementation("gather_rows_backward", "cpp")
-def _cpp_backward(grad: Tensor, features: Tensor, indices: Tensor, height: int, width: int, normalize: bool) -> Tensor:
-    return torch.ops.in2nect_cpp.gather_rows_backward(grad, features, indices, height, width, normalize)
-
-
+for _name in ("gather_rows", "gather_rows_backward"):
+    implementation(_name, "cpp")(native_operator("cpp", _name))
 implementation("gather_rows", "triton")(kernel("gather_rows"))
 implementation("gather_rows_backward", "triton")(kernel("gather_rows", "gather_rows_backward"))

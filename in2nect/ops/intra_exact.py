@@ -3,7 +3,7 @@
 One operator, because its gradient has two parts that largely cancel, of log D and of the positive term: here they are
 added before they are rounded to the features' dtype, and no second gradient is ever allocated. O(N^2 d) time; memory
 beyond the gradient: with ``triton`` 16 bytes a pixel (unit rows no wider than a tile: see kernels/intra_exact.py), else
-the rows in float32 and a tile of similarities.
+the rows in float32 and, with ``reference``, a tile of similarities.
 Once differentiable.
 """
 
@@ -208,5 +208,8 @@ def _rows(
 
 for _name in ("intra_exact", "intra_exact_backward"):
     implementation(_name, "cpp")(native_pairs(_name))
+# The pairs are pair_logsumexp's, which has kernels there; what is left for torch is O(N d).
+implementation("intra_exact", "cuda")(_reference)
+implementation("intra_exact_backward", "cuda")(_reference_backward)
 implementation("intra_exact", "triton")(kernel("intra_exact"))
 implementation("intra_exact_backward", "triton")(kernel("intra_exact", "intra_exact_backward"))

@@ -158,5 +158,6 @@ def native_pairs(name: str) -> Callable:
 
 for _name in ("pair_logsumexp", "pair_logsumexp_backward"):
     implementation(_name, "cpp")(native_pairs(_name))
+    implementation(_name, "cuda")(native_operator("cuda", _name))
 implementation("pair_logsumexp", "triton")(kernel("pair_logsumexp"))
 implementation("pair_logsumexp_backward", "triton")(kernel("pair_logsumexp", "pair_logsumexp_backward"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from in2nect.labels import valid_mask
 from in2nect.ops._registration import define
-from in2nect.ops.backend import implementation, kernel, select
+from in2nect.ops.backend import implementation, kernel, native_operator, select
 
 # SplitMix64's constants as signed 64-bit integers: torch has no arithmetic on unsigned ones, and products wrap alike.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -73,11 +73,8 @@ def _reference(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, i
     return torch.where(slots < counts[:, None], order[positions], -1)
 
 
-@implementation("sample_pixels", "cpp")
-def _cpp(labels: Tensor, num_classes: int, per_class: int, seed: Tensor, ignore_index: int) -> Tensor:
-    return torch.ops.in2nect_cpp.sample_pixels(labels, num_classes, per_class, seed, ignore_index)
-
-
+implementation("sample_pixels", "cpp")(native_operator("cpp", "sample_pixels"))
+implementation("sample_pixels", "cuda")(native_operator("cuda", "sample_pixels"))
 implementation("sample_pixels", "triton")(kernel("sample_pixels"))
 
 

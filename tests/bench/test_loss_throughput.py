@@ -62,7 +62,7 @@ def problem(bench, **changes):
 def measured(bench, one, name, answers=None):
     """The row of an implementation, by name."""
     implementation = next(found for found in bench.rows.implementations(one) if found.name == name)
-    ceilings = bench.ceilings.Ceilings(1e9, 1e9, 1e9, {})
+    ceilings = bench.ceilings.Ceilings(1e9, 1e9, 1e9, 1e9, {})
     return bench.rows.measure(
         one, implementation, ceilings, bench.rows.Settings(**NOTHING), answers or bench.rows.Answers()
     )
@@ -96,7 +96,7 @@ def test_from_a_checkout_with_nothing_installed(tmp_path) -> None:
     assert {"schema", "date", "machine", "versions", "arguments", "ceilings", "rows", "growth"} <= set(document)
     assert document["schema"] == 1 and document["arguments"]["pixels"] == 256
     assert document["versions"]["torch"] == torch.__version__ and document["machine"]["cores"] == os.cpu_count()
-    assert all(document["ceilings"]["fp32"][rate] > 0 for rate in ("bytes", "flops", "exponentials"))
+    assert all(document["ceilings"]["fp32"][rate] > 0 for rate in ("bytes", "reads", "flops", "exponentials"))
     rows = {(row["op"], row["implementation"]): row for row in document["rows"]}
     timed = rows["intra_class_loss", "torch_naive"]
     assert timed["status"] == "timed" and timed["kind"] == "peer" and timed["ratio_to_best_peer"] == 1
@@ -337,10 +337,12 @@ def test_the_bound_by_hand(bench) -> None:
     forward, backward = bench.ceilings.least_work(on_cuda)
     assert (forward.flops, backward.flops) == (20_736 * 10, 4 * 20_736 * 10)
     assert (forward.exponentials, backward.exponentials) == (20_736 / 2, 20_736)
-    ceilings = bench.ceilings.Ceilings(bytes=1e6, flops=1e7, exponentials=1e6, how={})
+    ceilings = bench.ceilings.Ceilings(bytes=1e6, flops=1e7, exponentials=1e6, reads=2e6, how={})
     assert forward.milliseconds(ceilings) == (pytest.approx(1e3 * 207_360 / 1e7), "matrix products")
-    sums, _ = bench.ceilings.least_work(problem(bench, op="class_sums", estimator=None, dtype=torch.bfloat16))
-    assert sums.bytes == 144 * 10 * 2 + 144 * 8 + 4 * (10 * 4 + 8)
+    sums, gradient = bench.ceilings.least_work(problem(bench, op="class_sums", estimator=None, dtype=torch.bfloat16))
+    assert (sums.reads, sums.bytes) == (144 * 10 * 2 + 144 * 8, 4 * (10 * 4 + 8))
+    assert (gradient.reads, gradient.bytes) == (144 * 8 + 4 * 10 * 4, 144 * 10 * 2)
+    assert sums.milliseconds(ceilings) == (pytest.approx(1e3 * (4032 / 2e6 + 192 / 1e6)), "bytes")
 
 
 def test_percentiles_by_hand(bench) -> None:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from in2nect import native
+from in2nect import native, ops
+from in2nect.ops.backend import use_backend
 
 pytestmark = pytest.mark.skipif(not native.available("cpp"), reason=f"cpp backend: {native.why_not('cpp')}")
 
@@ -86,7 +87,7 @@ def check(
     exact = features.detach().double().requires_grad_()
     want_sums, want_counts, want_squares = definition(exact, labels, num_classes, normalize)
     results = operators.class_sums(*inputs, num_classes, IGNORE, normalize, squares)
-    sums, counts, got_squares = (result.cpu() for result in results)
+    sums, counts, got_squares = (result.cpu() for result in results[:3])
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     assert sums.dtype == got_squares.dtype == accumulator
     assert counts.dtype == torch.int64
@@ -136,6 +137,49 @@ def test_dtypes(ratio: int, dtype: torch.dtype, layout: str, normalize: bool, sq
     check(features, make_labels((2, 24 * ratio, 20 * ratio), 7), 7, normalize, squares)
 
 
+@pytest.mark.parametrize("capability", native.available_cpu_capabilities())
+def test_every_capability(capability: str) -> None:
+    """Each build of the loops, with whole vectors and without, tables that fit into registers and not."""
+    with native.use_cpu_capability(capability):
+        for layout, dtype, (normalize, squares) in itertools.product(LAYOUTS[:3], DTYPES, MODES):
+            for (dim, height, width), num_classes in (((16, 12, 29), 7), ((35, 3, 41), 20), ((9, 1, 1), 2)):
+                for ratio in (1, 2):
+                    features = make_features((2, dim, height, width), layout, dtype)
+                    labels = make_labels((2, height * ratio, width * ratio), num_classes)
+                    check(features, labels, num_classes, normalize, squares)
+
+
+@pytest.mark.parametrize("capability", native.available_cpu_capabilities())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_a_low_precision_is_kept(dtype: torch.dtype, capability: str) -> None:
+    """Each finite one as a class of one pixel: its sum is itself, and so is the gradient that it becomes."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    labels = torch.arange(len(values))[None, None]
+    for features in (values[None, None, None], values[None, :, None, None].mT.transpose(1, 3)):
+        with native.use_cpu_capability(capability):
+            sums = torch.ops.in2nect_cpp.class_sums(features, labels, len(values), -1, False, False)[0]
+            back = torch.ops.in2nect_cpp.class_sums_backward(sums, None, features, labels, -1, False)
+        assert torch.equal(sums[:, 0], values.float())
+        assert torch.equal(back.flatten(), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_strays_are_counted(ratio: int, dtype: torch.dtype) -> None:
+    features = make_features((2, 3, 6, 7), "contiguous", torch.float32)
+    labels = make_labels((2, 6 * ratio, 7 * ratio), 3, dtype)
+    labels[0, 0, :3], labels[1, -1, -1] = 3, 254
+    for given in (labels, labels.mT.contiguous().mT):
+        for normalize, squares in MODES:
+            assert torch.ops.in2nect_cpp.class_sums(features, given, 3, IGNORE, normalize, squares)[3] == 4
+    with use_backend("cpp"), pytest.raises(ValueError, match=r"labels hold 3 \(3 pixels\), 254 \(1 pixels\)"):
+        ops.class_sums(features, labels, 3)
+    if ratio > 1:  # labels that no cell picks are checked too
+        with use_backend("cpp"), pytest.raises(ValueError, match=r"labels hold 3 \(3 pixels\), 254 \(1 pixels\)"):
+            ops.class_sums(features, labels, 3, resolution="feature")
+
+
 @pytest.mark.parametrize("num_classes", [1, 2, 64])
 @pytest.mark.parametrize("dim", [1, 3, 65])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -166,8 +210,8 @@ def test_labels_outside_the_classes_are_skipped(ratio: int, normalize: bool, squ
     stray[0, 0, :2] = torch.tensor([3, 2**40])
     labels[0, 0, :2] = IGNORE
     for given, expected in zip(
-        torch.ops.in2nect_cpp.class_sums(features, stray, 3, IGNORE, normalize, squares),
-        torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares),
+        torch.ops.in2nect_cpp.class_sums(features, stray, 3, IGNORE, normalize, squares)[:3],
+        torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)[:3],
     ):
         assert torch.equal(given, expected)
     # an ignored index that is itself a class is ignored
@@ -180,7 +224,7 @@ def test_labels_outside_the_classes_are_skipped(ratio: int, normalize: bool, squ
 def test_no_pixels(shape: tuple, normalize: bool, squares: bool) -> None:
     features = torch.randn(shape)
     labels = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
-    sums, counts, got_squares = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
+    sums, counts, got_squares, _ = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
     assert torch.equal(sums, torch.zeros(3, 3))
     assert torch.equal(counts, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(got_squares, torch.zeros(3 if squares else 0))
@@ -194,7 +238,7 @@ def test_all_ignored(ratio: int, normalize: bool, squares: bool) -> None:
     # NaN where no label looks must reach neither the sums nor the gradient.
     features = torch.full((2, 3, 4, 5), torch.nan)
     labels = torch.full((2, 4 * ratio, 5 * ratio), IGNORE, dtype=torch.uint8)
-    sums, counts, got_squares = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
+    sums, counts, got_squares, _ = torch.ops.in2nect_cpp.class_sums(features, labels, 3, IGNORE, normalize, squares)
     assert torch.equal(sums, torch.zeros(3, 3))
     assert torch.equal(counts, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(got_squares, torch.zeros(3 if squares else 0))
@@ -241,7 +285,7 @@ def test_same_bits_for_any_number_of_threads(ratio: int, layout: str, normalize:
 
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        outputs = torch.ops.in2nect_cpp.class_sums(features, labels, 7, IGNORE, normalize, squares)
+        *outputs, _ = torch.ops.in2nect_cpp.class_sums(features, labels, 7, IGNORE, normalize, squares)
         gradient = torch.ops.in2nect_cpp.class_sums_backward(
             grad_sums, grad_squares, features, labels, IGNORE, normalize
         )

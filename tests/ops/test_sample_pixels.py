@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from in2nect import ops, reference
+from in2nect import native, ops, reference, use_backend
 from in2nect.ops.sample_pixels import hash_pixels
 
 
@@ -58,3 +58,43 @@ def test_errors():
         ops.sample_pixels(labels, 2, 0, seed())
     with pytest.raises(ValueError, match=r"expected \(2,\) int64"):
         ops.sample_pixels(labels, 2, 1, torch.tensor([1]))
+
+
+needs_cuda = pytest.mark.skipif(
+    not (native.available("cuda") and torch.cuda.is_available()),
+    reason=native.why_not("cuda") or "needs a CUDA device",
+)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("per_class", [1, 7, 256, 5000])
+@pytest.mark.parametrize("shape", [(3, 251, 123), (300,), (0,)])
+def test_cuda_kernels_draw_the_references_pixels(shape, per_class, dtype):
+    labels = torch.randint(0, 6, shape)
+    labels[labels == 3] = 255
+    labels = labels.to("cuda", dtype)
+    with use_backend("cuda"):
+        drawn = ops.sample_pixels(labels, 6, per_class, seed().cuda())
+    with use_backend("reference"):
+        assert torch.equal(drawn, ops.sample_pixels(labels, 6, per_class, seed().cuda()))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_kernels_in_a_graph():
+    """New labels and a new step in the captured memory; every replay the reference's sample."""
+    labels, seeds = torch.randint(0, 7, (4, 512, 512)).cuda(), seed().cuda()
+    with use_backend("cuda"):
+        ops.sample_pixels(labels, 7, 256, seeds)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            drawn = ops.sample_pixels(labels, 7, 256, seeds)
+    for step in range(20):
+        seeds.copy_(seed(1, step))
+        labels.copy_(torch.randint(0, 7, (4, 512, 512)))
+        graph.replay()
+        with use_backend("reference"):
+            assert torch.equal(drawn, ops.sample_pixels(labels, 7, 256, seeds))
