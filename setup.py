@@ -5,6 +5,8 @@ Environment:
     IN2NECT_CUDA=0 | 1    without, or insist on, the CUDA operators; by default they are built where nvcc is
     TORCH_CUDA_ARCH_LIST  CUDA targets, as for torch's own extensions: "8.6;9.0+PTX"
     MAX_JOBS, CXX, CUDACXX, CUDA_HOME
+    IN2NECT_SANITIZE      for `build_ext --inplace`: the CPU operators with these sanitizers, "address,undefined", in
+                          build/sanitized, where IN2NECT_NATIVE_DIR finds them; what is installed stays as it is
 A build that is repeated compiles only what changed: its tree stays in build/native.
 """
 
@@ -23,7 +25,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TREE = ROOT / "build" / "native"
+TREE, SANITIZED_TREE = ROOT / "build" / "native", ROOT / "build" / "sanitized"
 LIBRARIES = ("_C.abi3.so", "_C_cuda.abi3.so")
 PYTHON_FLOOR = "cp311"  # the wheel serves every CPython from here on
 GIB_PER_JOB = 2.0  # memory that one nvcc job over torch's headers needs
@@ -37,9 +39,13 @@ class NativeBuild(build_ext):
 
     def run(self) -> None:
         plan = configure()
+        if plan.tree != TREE and not self.inplace:
+            _fail("IN2NECT_SANITIZE is for tests in a checkout, not for wheels: run `setup.py build_ext --inplace`")
         for command in (plan.configure, plan.build):
             if subprocess.run(command, check=False).returncode != 0:
                 _fail(f"{Path(command[0]).name} failed; its messages are above. The command: {' '.join(command)}")
+        if plan.tree != TREE:  # stays where it is, apart from what is installed
+            return
         self.built = plan.libraries
         folder = self._folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +70,9 @@ class NativeBuild(build_ext):
 
 
 class Plan(NamedTuple):
-    """The two command lines of a build, and the libraries that come out of it."""
+    """The two command lines of a build, and the libraries that come out of it, in `tree`."""
 
+    tree: Path
     configure: list[str]
     build: list[str]
     libraries: tuple[str, ...]
@@ -80,13 +87,16 @@ def configure() -> Plan:
     if compiler is None or shutil.which(shlex.split(compiler)[0]) is None:
         what = f"the compiler {compiler!r} that CXX names" if compiler else "a C++ compiler"
         _missing(what, "install one for C++17, for example with `apt install g++` or `dnf install gcc-c++`, or set CXX")
-    nvcc, reason = find_nvcc(torch)
+    sanitizers = os.environ.get("IN2NECT_SANITIZE", "")
+    tree = SANITIZED_TREE if sanitizers else TREE
+    nvcc, reason = (None, "IN2NECT_SANITIZE") if sanitizers else find_nvcc(torch)
     definitions = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_MAKE_PROGRAM": ninja,
         "CMAKE_CXX_COMPILER_LAUNCHER": shutil.which("ccache") or "",
         "TORCH_ROOT": str(torch),
         "IN2NECT_WITH_CUDA": "ON" if nvcc else "OFF",
+        "IN2NECT_SANITIZE": sanitizers,
     }
     if nvcc:
         targets = cuda_targets(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), _known_targets(nvcc))
@@ -98,8 +108,9 @@ def configure() -> Plan:
         print(f"in2nect: a CPU-only build: {reason}", flush=True)
     options = [f"-D{name}={value}" for name, value in definitions.items()]
     return Plan(
-        [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(TREE), *options],
-        [cmake, "--build", str(TREE), "--parallel", str(jobs())],
+        tree,
+        [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), *options],
+        [cmake, "--build", str(tree), "--parallel", str(jobs())],
         LIBRARIES if nvcc else LIBRARIES[:1],
     )
 

@@ -1,12 +1,14 @@
 """Loads the compiled operators, `torch.ops.in2nect_cpp` and `torch.ops.in2nect_cuda`, on first use, and says why not.
 
-The libraries lie beside this file. They speak torch's stable C interface alone and hold no Python code, so they are
-loaded with `torch.ops.load_library`. Importing this module loads nothing.
+The libraries lie beside this file, or in the folder that IN2NECT_NATIVE_DIR names (a sanitized build, another torch's).
+They speak torch's stable C interface alone and hold no Python code, so they are loaded with `torch.ops.load_library`.
+Importing this module loads nothing.
 """
 
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +33,8 @@ def why_not(backend: str = "cpp") -> str | None:
     if backend == "cuda" and torch.version.cuda is None:
         return f"this torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
     if not path.is_file():
-        missing = f"{path.name} is not built"
+        folder = os.environ.get("IN2NECT_NATIVE_DIR")
+        missing = f"{path.name} is not {f'in {folder}, which IN2NECT_NATIVE_DIR names' if folder else 'built'}"
         return f"{missing}: with nvcc on the PATH, {_BUILD}" if backend == "cuda" else f"{missing}: {_BUILD}"
     try:
         torch.ops.load_library(path)
@@ -54,7 +57,7 @@ def library(backend: str) -> Path:
     """Path at which the library of `backend` is looked for; ValueError for an unknown backend."""
     if backend not in _FILES:
         raise ValueError(f"backend is one of {', '.join(_FILES)}; got {backend!r}")
-    return Path(__file__).with_name(_FILES[backend])
+    return Path(os.environ.get("IN2NECT_NATIVE_DIR") or Path(__file__).parent, _FILES[backend]).absolute()
 
 
 # Each with all before it, but for the last, which tests the mathematics of "amx" without its instructions, slowly.

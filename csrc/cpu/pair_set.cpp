@@ -490,7 +490,8 @@ void PairSums<A>::differentiate(const A* a, const A* log_d) {
   keys().rho_ = Buffer<A>(keys().padded_, A(0));  // of keys that are no anchors it stays so
   anchors_.rho_ = Buffer<A>(anchors_.padded_, A(0));
   if (!constant) {
-    anchors_.peak_ = Buffer<A>(anchors_.padded_, A(0));
+    // of rows through which nothing flows it stays so: 2^(x - inf) is 0, where 2^x may be infinite, and NaN times 0
+    anchors_.peak_ = Buffer<A>(anchors_.padded_, static_cast<A>(kInfinity));
   }
   for (int64_t i = 0; i < anchors_.count_; ++i) {
     const double log2_d = static_cast<double>(log_d[i]) * kLog2E;

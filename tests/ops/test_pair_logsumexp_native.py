@@ -307,3 +307,17 @@ def test_memory_is_linear():
     half, whole = map(float, done.stdout.split())
     assert whole <= 16
     assert whole <= 2.2 * half
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_without_weight_in_the_loss_is_no_nan(dtype: torch.dtype, capability: str) -> None:
+    """Raw rows, the running maximum: 2^(x - peak) of a row through which nothing flows may be beyond the dtype's range."""
+    limit = {torch.float32: 128, torch.float64: 1024}[dtype]
+    weights, upstream = torch.ones(4, dtype=dtype), torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=dtype)
+    for exponent in torch.linspace(limit - 1, limit + 2, 13).tolist():  # of the first row with itself
+        rows = torch.full((4, 3), 0.1, dtype=dtype)
+        rows[0] = torch.tensor([math.sqrt(exponent * math.log(2)), 0.0, 0.0])
+        rows[3, 1] = 40.0  # far enough from the others that the constant shift does not serve
+        truth = log_d_and_gradients(rows.double(), None, weights.double(), 1.0, upstream.double(), oracle=True)
+        for found, wanted in zip(log_d_and_gradients(rows, None, weights, 1.0, upstream), truth):
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
