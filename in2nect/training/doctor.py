@@ -1,5 +1,6 @@
 """`in2nect doctor`: versions, devices, and which backends work: each one's losses and gradients, by every estimator
-and in every build for this CPU, against the reference in float64. Needs torch alone; takes about a second beyond its import.
+and in every build for this CPU, against the reference in float64. Needs torch alone; takes about a second beyond its
+import.
 """
 
 import argparse
@@ -115,9 +116,8 @@ def _backend(name: str) -> tuple[list[tuple[str, str]], bool]:
                     for estimator, error in self_test(name, device, dtype).items():
                         errors[dtype] = _largest([errors[dtype], error])
                         if not error < _TOLERANCES[dtype]:  # nor is NaN well
-                            wrong.append(
-                                f"{estimator}{capability and f' as {capability}'} in {_short(dtype)} ({error:.0e})"
-                            )
+                            where = f"{capability and f' as {capability}'} in {_short(dtype)}"
+                            wrong.append(f"{estimator}{where} ({error:.0e})")
     except Exception as problem:  # a broken library may fail in any way, and the report should go on
         return [(name, f"FAILS on {device}: {type(problem).__name__}: {problem}"), *built], False
     verdict = f"DISAGREES with the reference: {', '.join(wrong)};" if wrong else "ok"
