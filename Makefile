@@ -2,6 +2,7 @@
 #
 #   make demo    train on a synthetic scene with and without the losses; a table and a picture in runs/demo/
 #   make test    every test (PYTEST_ARGS="-k name" for some)
+#   make sanitize  the tests of the CPU operators on a build that watches its memory and its arithmetic
 #   make lint    ruff and mypy
 #   make bench   the benchmarks
 #   make wheel   source archive and wheel in dist/
@@ -16,7 +17,12 @@ BIN := .venv/bin
 READY := .venv/.in2nect-ready
 INSTALLED_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench wheel setup
+# ASan and UBSan, with the casts of numbers that do not fit.
+SANITIZERS := address,undefined,float-cast-overflow
+# No leaks are looked for: Python and torch keep memory until the process ends. A finding ends the process.
+SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
+.PHONY: demo test sanitize lint bench wheel setup
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -25,6 +31,16 @@ demo: $(READY)
 # One thread a worker: the workers are the parallelism.
 test: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# With GCC. Its libraries must be loaded before Python, and libstdc++ with them, in which they look for __cxa_throw. They
+# speak on stderr itself, which pytest must leave alone. Left out: what runs none of our C++ (the reference, the emulated
+# CUDA kernels), and the tests of memory, which the sanitizers need much of themselves.
+sanitize: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" IN2NECT_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py -q build_ext --inplace
+	$(SANITIZER_OPTIONS) IN2NECT_NATIVE_DIR="$(CURDIR)/build/sanitized" OMP_NUM_THREADS=1 \
+	  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))" \
+	  $(BIN)/python -m pytest -n $(WORKERS) --capture=sys -k "not [reference and not memory" \
+	  --ignore tests/ops/test_cuda_emulated.py tests/ops tests/test_functional.py $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -103,6 +103,17 @@ def available_cpu_capabilities() -> list[str]:
     return found
 
 
+def cuda_targets() -> list[str]:
+    """The chips that the CUDA operators were built for: "sm_86", or "compute_100" for PTX.
+
+    Raises RuntimeError where the operators are not available.
+    """
+    load("cuda")
+    functions = ctypes.CDLL(str(library("cuda")))
+    functions.in2nect_cuda_targets.restype = ctypes.c_char_p
+    return functions.in2nect_cuda_targets().decode().split()
+
+
 @functools.cache
 def _capability_functions() -> ctypes.CDLL:
     """The library again, for the two functions of it that are not operators (csrc/cpu/capability.h)."""

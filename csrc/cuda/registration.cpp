@@ -28,3 +28,8 @@ STABLE_TORCH_LIBRARY_IMPL(in2nect_cuda, CUDA, library) {
   library.impl("pair_logsumexp_backward", TORCH_BOX(&in2nect::cuda::pair_logsumexp_backward));
   library.impl("sample_pixels", TORCH_BOX(&in2nect::cuda::sample_pixels));
 }
+
+// For Python, by ctypes: the chips this library was built for, "sm_86 compute_90".
+extern "C" __attribute__((visibility("default"))) const char* in2nect_cuda_targets() {
+  return IN2NECT_CUDA_TARGETS;
+}

@@ -301,7 +301,7 @@ def test_same_bits_for_any_number_of_threads(ratio: int, layout: str, normalize:
 
 
 def test_long_sums_stay_accurate() -> None:
-    # 2^22 equal terms: a running float32 sum is off by percents; one over a tile, 512 terms, and doubles over tiles are not.
+    # 2^22 equal terms: a running float32 sum is off by percents, one over a tile of 512 by no more than this.
     features = torch.full((1, 1, 1, 1), 0.1).expand(1, 1, 2048, 2048)
     sums = torch.ops.in2nect_cpp.class_sums(features, torch.zeros(1, 2048, 2048).byte(), 2, IGNORE, False, False)[0]
     assert abs(sums[0, 0].item() / (0.1 * 2**22) - 1) < 512 * 2**-24

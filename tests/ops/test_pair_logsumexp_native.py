@@ -311,7 +311,7 @@ def test_memory_is_linear():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_without_weight_in_the_loss_is_no_nan(dtype: torch.dtype, capability: str) -> None:
-    """Raw rows, the running maximum: 2^(x - peak) of a row through which nothing flows may be beyond the dtype's range."""
+    """Raw rows, the running maximum: 2^(x - peak) of a row through which nothing flows may be infinite."""
     limit = {torch.float32: 128, torch.float64: 1024}[dtype]
     weights, upstream = torch.ones(4, dtype=dtype), torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=dtype)
     for exponent in torch.linspace(limit - 1, limit + 2, 13).tolist():  # of the first row with itself
