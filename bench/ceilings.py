@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 import torch
 from problems import Problem
 
+from in2nect import native
+
 COPY_BYTES = {
     "cuda": 2**31,
     "cpu": 2**28,
@@ -215,7 +217,24 @@ def _product(device: torch.device, dtype: torch.dtype) -> tuple[int, float, str]
         torch.set_float32_matmul_precision(chosen)
         if thrice > rate:
             return side, thrice, "a third of the rate in TF32 (three TF32 products make a float32 one)"
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        in_registers = _in_registers("multiply_adds", dtype)
+        if in_registers > rate:
+            return side, in_registers, f"{name}; faster, and so the ceiling: multiply-adds in registers, {_THREADS}"
     return side, rate, name
+
+
+_THREADS = "of one thread, times the threads"
+
+
+def _in_registers(what: str, dtype: torch.dtype) -> float:
+    """Operations a second of the C++ kernels' own loops, of one thread times the threads; 0 where they are missing."""
+    if not native.available("cpp"):
+        return 0.0
+    rounds = 100_000  # some milliseconds
+    operations = native.busy(what, rounds, float64=dtype == torch.float64)
+    seconds = _fastest(lambda: native.busy(what, rounds, float64=dtype == torch.float64), torch.device("cpu"))
+    return torch.get_num_threads() * operations / seconds
 
 
 def _exponentials(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
@@ -235,9 +254,11 @@ def _exponentials(device: torch.device, dtype: torch.dtype) -> tuple[str, float]
     torch.set_num_threads(1)
     seconds = _fastest(lambda: [torch.exp(x, out=out) for _ in range(rounds)], device)
     torch.set_num_threads(threads)
-    return f"torch.exp of {len(x)} {name} in the cache of one thread, times {threads}", threads * rounds * len(
-        x
-    ) / seconds
+    rate = threads * rounds * len(x) / seconds
+    in_registers = _in_registers("exponentials", wide)
+    if in_registers > rate:
+        return f"2^x of {name} in registers, {_THREADS}", in_registers
+    return f"torch.exp of {len(x)} {name} in the cache of one thread, times {threads}", rate
 
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:

@@ -114,6 +114,13 @@ def cuda_targets() -> list[str]:
     return functions.in2nect_cuda_targets().decode().split()
 
 
+def busy(what: str, rounds: int, *, float64: bool = False) -> int:
+    """For the bench: keep this thread's units busy in registers with "multiply_adds", of two operations each, or
+    "exponentials"; returns how many operations that was."""
+    load("cpp")
+    return getattr(_capability_functions(), f"in2nect_{what}")(int(float64), rounds)
+
+
 @functools.cache
 def _capability_functions() -> ctypes.CDLL:
     """The library again, for the two functions of it that are not operators (csrc/cpu/capability.h)."""
@@ -121,4 +128,7 @@ def _capability_functions() -> ctypes.CDLL:
     functions.in2nect_cpu_capability.restype = ctypes.c_char_p
     functions.in2nect_set_cpu_capability.restype = ctypes.c_char_p
     functions.in2nect_set_cpu_capability.argtypes = (ctypes.c_char_p,)
+    for loop in (functions.in2nect_multiply_adds, functions.in2nect_exponentials):
+        loop.restype = ctypes.c_int64
+        loop.argtypes = (ctypes.c_int, ctypes.c_int64)
     return functions

@@ -8,6 +8,8 @@
 #include <string>
 #include <string_view>
 
+#include "vector/peak.h"
+
 #if defined(IN2NECT_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -118,4 +120,29 @@ const char* in2nect_set_cpu_capability(const char* name) {
     return nullptr;
   }
   return choose(name);
+}
+
+namespace {
+
+const in2nect::cpu::PeakLoops& peak_loops() {
+  using namespace in2nect::cpu;
+#ifdef IN2NECT_X86
+  if (capability() >= Capability::kAvx512) {
+    return avx512::peak_loops;
+  }
+  if (capability() >= Capability::kAvx2) {
+    return avx2::peak_loops;
+  }
+#endif
+  return portable::peak_loops;
+}
+
+}  // namespace
+
+int64_t in2nect_multiply_adds(int float64, int64_t rounds) {
+  return float64 != 0 ? peak_loops().multiply_adds_double(rounds) : peak_loops().multiply_adds(rounds);
+}
+
+int64_t in2nect_exponentials(int float64, int64_t rounds) {
+  return float64 != 0 ? peak_loops().exponentials_double(rounds) : peak_loops().exponentials(rounds);
 }

@@ -4,6 +4,7 @@ The CPU operator throughout; its CUDA twin, for labels on the features' grid, wh
 """
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -301,10 +302,12 @@ def test_same_bits_for_any_number_of_threads(ratio: int, layout: str, normalize:
 
 
 def test_long_sums_stay_accurate() -> None:
-    # 2^22 equal terms: a running float32 sum is off by percents, one over a tile of 512 by no more than this.
+    # 2^22 equal terms: a running float32 sum is off by percents, vectors of sums over a tile are not; without vectors
+    # (as sanitizers build the loops) a tile's own 512 terms round.
+    limit = 512 * 2**-24 if os.environ.get("IN2NECT_NATIVE_DIR") else 1e-6
     features = torch.full((1, 1, 1, 1), 0.1).expand(1, 1, 2048, 2048)
     sums = torch.ops.in2nect_cpp.class_sums(features, torch.zeros(1, 2048, 2048).byte(), 2, IGNORE, False, False)[0]
-    assert abs(sums[0, 0].item() / (0.1 * 2**22) - 1) < 512 * 2**-24
+    assert abs(sums[0, 0].item() / (0.1 * 2**22) - 1) < limit
 
 
 @pytest.mark.parametrize(
