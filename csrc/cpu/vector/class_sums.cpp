@@ -23,14 +23,14 @@ constexpr int kBytes = 16;
 constexpr int64_t kAheadChannels = 4;
 // How far ahead a stream of rows is asked for: a hardware prefetcher stops at the end of each page of 4 KiB.
 constexpr int64_t kAheadBytes = 4096;
-// Streams: how many channels are read side by side, and of how many classes the sums stay in registers meanwhile (28 of
+// Streams: how many channels are read side by side, and of how many classes the sums stay in registers meanwhile (21 of
 // AVX-512's 32, 8 of the others' 16). The lines ahead are those of the streams themselves.
 #if defined(__AVX512F__)
-constexpr int kStreamChannels = 4, kStreamClasses = 7;
+constexpr int kStreamChannels = 3, kStreamClasses = 7;
 #else
 constexpr int kStreamChannels = 2, kStreamClasses = 4;
 #endif
-constexpr int64_t kStreamAheadBytes = 1024;
+constexpr int64_t kStreamAheadBytes = 2048;
 // A row no longer than this counts as zero, as in ../../common/tensors.h.
 constexpr double kZeroNorm = 1e-12;
 
