@@ -124,12 +124,12 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The ceilings of a device, for products in a dtype."""
     copied, copy_rate = _copy(device)
     summed, read_rate = _sum(device)
-    side, product_rate, product = _product(device, dtype)
+    product, product_rate = _product(device, dtype)
     exponential, exponential_rate = _exponentials(device, dtype)
     how = {
         "bytes": f"a copy of {copied / 2**20:.0f} MiB, read and written",
         "reads": f"a sum of {summed / 2**20:.0f} MiB, read",
-        "flops": f"torch.mm of {side} x {side} random matrices, {product}",
+        "flops": product,
         "exponentials": exponential,
     }
     return Ceilings(copy_rate, product_rate, exponential_rate, read_rate, how)
@@ -203,12 +203,13 @@ def _sum(device: torch.device) -> tuple[int, float]:
     return size, size / _fastest(lambda: source.sum(1), device)
 
 
-def _product(device: torch.device, dtype: torch.dtype) -> tuple[int, float, str]:
+def _product(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     """float32 on CUDA: IEEE, or three TF32 products of the same quality where those are faster, as kernels do it."""
     side = MATRIX_SIDE[dtype] if device.type == "cuda" else MATRIX_SIDE_CPU
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     name = str(dtype).removeprefix("torch.")
+    how = f"torch.mm of {side} x {side} random matrices, {name}"
     rate = 2.0 * side**3 / _fastest(lambda: torch.mm(a, b, out=out), device)
     if device.type == "cuda" and dtype == torch.float32:
         chosen = torch.get_float32_matmul_precision()
@@ -216,15 +217,12 @@ def _product(device: torch.device, dtype: torch.dtype) -> tuple[int, float, str]
         thrice = 2.0 * side**3 / _fastest(lambda: torch.mm(a, b, out=out), device) / 3
         torch.set_float32_matmul_precision(chosen)
         if thrice > rate:
-            return side, thrice, "a third of the rate in TF32 (three TF32 products make a float32 one)"
+            return f"{how}: a third of the rate in TF32 (three TF32 products make a float32 one)", thrice
     if device.type == "cpu" and dtype in (torch.float32, torch.float64):
         in_registers = _in_registers("multiply_adds", dtype)
         if in_registers > rate:
-            return side, in_registers, f"{name}; faster, and so the ceiling: multiply-adds in registers, {_THREADS}"
-    return side, rate, name
-
-
-_THREADS = "of one thread, times the threads"
+            return f"multiply-adds of {name} in registers of one thread, times {torch.get_num_threads()}", in_registers
+    return how, rate
 
 
 def _in_registers(what: str, dtype: torch.dtype) -> float:
@@ -257,7 +255,7 @@ def _exponentials(device: torch.device, dtype: torch.dtype) -> tuple[str, float]
     rate = threads * rounds * len(x) / seconds
     in_registers = _in_registers("exponentials", wide)
     if in_registers > rate:
-        return f"2^x of {name} in registers, {_THREADS}", in_registers
+        return f"2^x of {name} in registers of one thread, times {threads}", in_registers
     return f"torch.exp of {len(x)} {name} in the cache of one thread, times {threads}", rate
 
 

@@ -83,15 +83,17 @@ def use_cpu_capability(name: str) -> Iterator[None]:
 
     Raises ValueError for one that the CPU has not.
     """
-    load("cpp")
+    previous = cpu_capability()
     functions = _capability_functions()
+    if name not in CPU_CAPABILITIES:
+        raise ValueError(f"CPU capability {name!r}: expected one of {', '.join(CPU_CAPABILITIES)}.")
     refusal = functions.in2nect_set_cpu_capability(name.encode())
     if refusal is not None:
         raise ValueError(f"CPU capability {name!r}: {refusal.decode()}.")
     try:
         yield
     finally:
-        functions.in2nect_set_cpu_capability(b"")
+        functions.in2nect_set_cpu_capability(previous.encode())
 
 
 def available_cpu_capabilities() -> list[str]:
@@ -123,7 +125,7 @@ def busy(what: str, rounds: int, *, float64: bool = False) -> int:
 
 @functools.cache
 def _capability_functions() -> ctypes.CDLL:
-    """The library again, for the two functions of it that are not operators (csrc/cpu/capability.h)."""
+    """The library again, for those functions of it that are not operators (csrc/cpu/capability.h)."""
     functions = ctypes.CDLL(str(library("cpp")))
     functions.in2nect_cpu_capability.restype = ctypes.c_char_p
     functions.in2nect_set_cpu_capability.restype = ctypes.c_char_p

@@ -45,6 +45,9 @@ constexpr int64_t kMinTilePixels = 32, kMaxTilePixels = 512, kBlockTerms = 128;
 constexpr int64_t kWrittenChannels = 16, kWrittenPixels = 16384;
 // Classes of a tile up to which each channel is read once a few of them; beyond, the classes' own pixels are gathered.
 constexpr int64_t kStreamedClasses = 14;
+// Of such tiles there are at least so many where they need not be too short for that; their codes, 4 bytes a pixel,
+// stay in a second-level cache.
+constexpr int64_t kStreamedTiles = 8, kLeastStreamedPixels = 4096, kMostStreamedPixels = 65536;
 // Feature rows a thread gathers the gradient of at once; one label row in eight ratios is interpolated twice.
 constexpr int64_t kStripRows = 8;
 // Elements below which another thread costs more than it saves.
@@ -183,6 +186,12 @@ struct Segments {
 // Pixels of a tile that is read more than once.
 int64_t tile_pixels(int64_t channels) {
   return std::clamp(kTileElements / std::max<int64_t>(channels, 1), kMinTilePixels, kMaxTilePixels);
+}
+
+// Pixels of a tile whose channels are streamed: long, for memory is read fastest in long pieces, but some for each
+// thread.
+int64_t streamed_pixels(int64_t total) {
+  return std::clamp(total / kStreamedTiles, kLeastStreamedPixels, kMostStreamedPixels);
 }
 
 // Images whose rows follow one another are lines: fewer and longer segments.
@@ -556,7 +565,10 @@ Totals sum_rows(Features<const T> z, const Labels& labels, const Shape& given, i
   const Shape shape = as_lines(given, z, labels);
   const int64_t d = shape.channels;
   const bool once = shape.same_grid() && !normalize && !squares && !z.channels_inner() && z.column == 1;
-  const int64_t pixels = once ? kBlockTerms * loops_of<Stored<T>>().lanes : tile_pixels(d);
+  const int64_t pixels = !once ? tile_pixels(d)
+                         : shape.classes <= kStreamedClasses
+                             ? streamed_pixels(shape.batch * shape.height * shape.width)
+                             : kBlockTerms * loops_of<Stored<T>>().lanes;
   const Axis<A> rows(shape.same_grid() ? 0 : shape.height, shape.same_grid() ? 0 : shape.label_height);
   const Axis<A> columns(shape.same_grid() ? 0 : shape.width, shape.same_grid() ? 0 : shape.label_width);
   const Segments segments(shape.batch, shape.label_height, shape.label_width, pixels);

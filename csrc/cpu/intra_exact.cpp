@@ -1,6 +1,6 @@
 // The intra-class loss over every pair of labelled pixels: sum_i a_i log D_i and its gradient, to which the positive
 // term's is added before it is rounded to the features' dtype. Time O(N^2 d) (pair_set.h); memory beyond the gradient
-// two copies of the labelled rows in the accumulation type, and some 0.4 MiB a thread.
+// two copies of the labelled rows in the accumulation type (pair_set.h), and at d = 64 some 0.4 MiB a thread.
 //
 // Ignored pixels are left out of the rows, so what they hold is never read.
 #include "intra_exact.h"
@@ -209,8 +209,8 @@ class LabelledRows {
     }
   }
 
-  // Keeps the norm of row i, and gives it, or what stands for that of a zero row. In double: the square of a float32 row
-  // overflows from 1e19 on.
+  // Keeps the norm of row i, and gives it, or what stands for that of a zero row. In double: the square of a float32
+  // row overflows from 1e19 on.
   template <typename Number>
   double norm_of(int64_t i, const Number& number) {
     double square = 0;
@@ -257,7 +257,8 @@ std::tuple<Tensor, Tensor> intra_exact(Tensor features, Tensor labels, Tensor we
 }
 
 Tensor intra_exact_backward(Tensor features, Tensor labels, Tensor log_d, Tensor weights, Tensor anchors,
-                            Tensor positive, Tensor own, int64_t ignore_index, double temperature, bool normalize, bool reduced) {
+                            Tensor positive, Tensor own, int64_t ignore_index, double temperature, bool normalize,
+                            bool reduced) {
   check(features, labels, weights, anchors, temperature);
   const int64_t d = features.size(1);
   const ScalarType type = weights.scalar_type();

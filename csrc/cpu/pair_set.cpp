@@ -21,8 +21,8 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Rows of a tile. 192: coefficients of 147 KiB stay in a second-level cache with both blocks' rows; 96 below 8,192 rows,
-// so that a round has enough pairs for the threads.
+// Rows of a tile. 192: coefficients of 144 KiB stay in a second-level cache with both blocks' rows; 96 below 8,192
+// rows, so that a round has enough pairs for the threads.
 constexpr int64_t kTile = 192, kSmallTile = 96, kSmallSet = 8192;
 // Tiles a side of a block: beyond 32,768 rows of 64 numbers the rows no longer fit into a third-level cache with their
 // gradient, and a block of 4 x 4 tiles reads a quarter of what single tiles read.
@@ -46,9 +46,9 @@ Bf16 to_bf16(float number) {
   return static_cast<Bf16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Rows of bfloat16 are multiplied before their factors, which for unit rows are 1 / |z|: of longer rows the products would
-// leave float32's range.
-constexpr double kSmallestFactor = 1e-17;
+// Rows of bfloat16 are multiplied before their factors, which for unit rows are 1 / |z|: the products of the rows and
+// of the factors must stay in float32's range.
+constexpr double kLargestSquare = 1e37;
 
 // How far, in powers of two, the terms of a row may lie below 1 and still be summed with the constant shift: a row's
 // sum and its reciprocal stay normal numbers, as do their products with weights.
@@ -136,9 +136,9 @@ class TournamentOrder {
 };
 
 // Threads take the pairs of an order one by one, and wait where a block is still with another thread. A block meets its
-// partners in the order's sequence whatever the number of threads, so what is added to it has the same bits. Unlike with
-// a barrier after each round, a thread that the system has taken off its core holds up those alone who need its blocks.
-// It cannot come to a standstill: of the pairs under way, the first waits for none.
+// partners in the order's sequence whatever the number of threads, so what is added to it has the same bits. Unlike
+// with a barrier after each round, a thread that the system has taken off its core holds up those alone who need its
+// blocks. It cannot come to a standstill: of the pairs under way, the first waits for none.
 template <typename Order>
 class Turns {
  public:
@@ -351,7 +351,9 @@ typename PairSums<A>::Way PairSums<A>::choose(const A* weights) {
   bool products_fit = true;
   for (PairSet<A>* set : {&anchors_, keys_}) {
     for (int64_t i = 0; set != nullptr && set->format_ == Format::kHalves && i < set->count_; ++i) {
-      products_fit = products_fit && set->factor_[i] > static_cast<A>(kSmallestFactor);
+      const double factor = static_cast<double>(set->factor_[i]), of_factor = factor * factor;
+      products_fit = products_fit && of_factor < kLargestSquare &&
+                     2 * static_cast<double>(set->shift_[i]) < kLargestSquare * of_factor;
     }
   }
   for (PairSet<A>* set : {&anchors_, keys_}) {

@@ -3,8 +3,9 @@
 //   log D_i = log sum_j w_j exp(u_i . u_j / tau)
 //
 // One set of N rows costs N^2/2 exponentials and 0.5 G forward, and as many with 1.5 G backward, G = 2 N^2 d: a pair of
-// blocks serves both. Blocks meet in the order of a tournament, so that threads add to the rows' own sums and gradients: no
-// copies for each thread, no atomic sums, and the same bits for any number of threads. Memory: the rows and their gradient in the accumulation type, and a tile of scratch a thread.
+// blocks serves both. Blocks meet in the order of a tournament, so threads add to the rows' own sums and gradients: no
+// copies for each thread, no atomic sums, and the same bits for any number of threads. Memory: the rows in their
+// format, their gradient in the accumulation type, and a tile of scratch a thread.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,8 @@ enum class Format {
   kSplit,   // float32 rows as two planes of bfloat16: 16 bits of their mantissas
 };
 
-// The fastest one that keeps what rows of bfloat16 hold; of float32 rows, if `reduced`, what torch's "high" precision of
-// products does.
+// The fastest one that keeps what rows of bfloat16 hold; of float32 rows, if `reduced`, what torch's "high" precision
+// of products does.
 Format half_format();
 Format float_format(bool reduced);
 
@@ -33,8 +34,8 @@ class PairSet {
  public:
   PairSet(int64_t count, int64_t depth, Format format);
 
-  // Where the caller writes u_i, `depth` numbers times scale(temperature), in double: the scale rounded to float32 would
-  // be another temperature. The rest of the row is 0.
+  // Where the caller writes u_i, `depth` numbers times scale(temperature), in double: the scale rounded to float32
+  // would be another temperature. The rest of the row is 0.
   A* row(int64_t i) const {
     return rows_.data() + i * stride_;
   }

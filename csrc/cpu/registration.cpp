@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
   library.def(
       "intra_exact_backward(Tensor features, Tensor labels, Tensor log_d, Tensor weights, Tensor anchors,"
       " Tensor positive, Tensor own, int ignore_index, float temperature, bool normalize, bool reduced) -> Tensor");
-  library.def("pair_logsumexp(Tensor anchors, Tensor? keys, Tensor weights, float temperature, bool reduced) -> Tensor");
+  library.def(
+      "pair_logsumexp(Tensor anchors, Tensor? keys, Tensor weights, float temperature, bool reduced) -> Tensor");
   library.def(
       "pair_logsumexp_backward(Tensor grad, Tensor log_d, Tensor anchors, Tensor? keys, Tensor weights,"
       " float temperature, bool reduced) -> (Tensor grad_anchors, Tensor grad_keys)");

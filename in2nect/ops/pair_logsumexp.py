@@ -30,7 +30,8 @@ def pair_logsumexp(anchors: Tensor, weights: Tensor, temperature: float, *, keys
         keys: (M, d) in the anchors' dtype; None takes the anchors themselves (the symmetric form).
 
     Returns:
-        (N,), float32 or float64 for float64 rows; -inf where every weight is 0.
+        (N,), float32 or float64 for float64 rows; -inf where every weight is 0. In C++ a row or a weight that is not
+        finite makes every result NaN.
 
     Raises:
         ValueError: sizes do not fit, a temperature that is not positive, or weights that require a gradient.

@@ -23,14 +23,16 @@ constexpr int kBytes = 16;
 constexpr int64_t kAheadChannels = 4;
 // How far ahead a stream of rows is asked for: a hardware prefetcher stops at the end of each page of 4 KiB.
 constexpr int64_t kAheadBytes = 4096;
-// Streams: how many channels are read side by side, and of how many classes the sums stay in registers meanwhile (21 of
+// Streams: how many channels are read side by side, and of how many classes the sums stay in registers meanwhile (14 of
 // AVX-512's 32, 8 of the others' 16). The lines ahead are those of the streams themselves.
 #if defined(__AVX512F__)
-constexpr int kStreamChannels = 3, kStreamClasses = 7;
+constexpr int kStreamChannels = 2, kStreamClasses = 7;
 #else
 constexpr int kStreamChannels = 2, kStreamClasses = 4;
 #endif
-constexpr int64_t kStreamAheadBytes = 2048;
+constexpr int64_t kStreamAheadBytes = 4096;
+// Terms that a lane sums in a float before they go to the doubles.
+constexpr int64_t kStreamTerms = 128;
 // A row no longer than this counts as zero, as in ../../common/tensors.h.
 constexpr double kZeroNorm = 1e-12;
 
@@ -496,40 +498,40 @@ inline void stream_channels(const S* z, int64_t channel, int64_t count, const Cl
     for (int64_t k = 0; k < kStreamClasses; ++k) {
       labels[k] = k < group ? present[first + k].label : INT32_MIN;  // the code of no pixel
     }
-    Vector<A> totals[kChannels][kStreamClasses] = {};
-    const auto add_block = [&](int64_t i, const Vector<A>(&block)[kChannels]) {
-      add_masked<A, kChannels>(wide_codes<A>(codes + i), labels, block, totals);
-    };
-    int64_t i = 0;
-    for (; i + kLanes<A> <= count; i += kLanes<A>) {
-      Vector<A> block[kChannels];
+    for (int64_t begin = 0; begin < count; begin += kStreamTerms * kLanes<A>) {
+      const int64_t end = begin + kStreamTerms * kLanes<A> < count ? begin + kStreamTerms * kLanes<A> : count;
+      Vector<A> totals[kChannels][kStreamClasses] = {};
+      int64_t i = begin;
+      for (; i + kLanes<A> <= end; i += kLanes<A>) {
+        Vector<A> block[kChannels];
 #pragma GCC unroll 4
-      for (int c = 0; c < kChannels; ++c) {
-        __builtin_prefetch(z + c * channel + i + kAhead);
-        block[c] = load(z + c * channel + i);
-        if constexpr (kScaled) {
-          block[c] *= load(scale + i);
+        for (int c = 0; c < kChannels; ++c) {
+          __builtin_prefetch(z + c * channel + i + kAhead);
+          block[c] = load(z + c * channel + i);
+          if constexpr (kScaled) {
+            block[c] *= load(scale + i);
+          }
         }
+        add_masked<A, kChannels>(wide_codes<A>(codes + i), labels, block, totals);
       }
-      add_block(i, block);
-    }
-    if (i < count) {
-      Vector<A> block[kChannels];
-      for (int c = 0; c < kChannels; ++c) {
-        block[c] = load_some<A>(z + c * channel + i, count - i);
-        if constexpr (kScaled) {
-          block[c] *= load_some<A>(scale + i, count - i);
+      if (i < end) {
+        Vector<A> block[kChannels];
+        for (int c = 0; c < kChannels; ++c) {
+          block[c] = load_some<A>(z + c * channel + i, end - i);
+          if constexpr (kScaled) {
+            block[c] *= load_some<A>(scale + i, end - i);
+          }
         }
+        int32_t rest[kLanes<A>];
+        for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
+          rest[lane] = i + lane < end ? codes[i + lane] : -1;
+        }
+        add_masked<A, kChannels>(wide_codes<A>(rest), labels, block, totals);
       }
-      int32_t rest[kLanes<A>];
-      for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
-        rest[lane] = i + lane < count ? codes[i + lane] : -1;
-      }
-      add_masked<A, kChannels>(wide_codes<A>(rest), labels, block, totals);
-    }
-    for (int64_t k = 0; k < group; ++k) {
-      for (int c = 0; c < kChannels; ++c) {
-        sums[labels[k] * stride + c] += static_cast<double>(total<A>(totals[c][k]));
+      for (int64_t k = 0; k < group; ++k) {
+        for (int c = 0; c < kChannels; ++c) {
+          sums[labels[k] * stride + c] += static_cast<double>(total<A>(totals[c][k]));
+        }
       }
     }
   }

@@ -44,8 +44,8 @@ struct ClassSumsLoops {
   void (*add_blocks)(const S* z, int64_t channel, int64_t d, const Block* blocks, const ClassOfBlocks* present,
                      int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride,
                      int64_t pixels);
-  // The same by masks: each channel is read once a few classes, as it lies, whatever the runs of the labels. Faster where
-  // not many classes are present; `end` is not used.
+  // The same by masks: each channel is read once a few classes, as it lies, whatever the runs of the labels. Faster
+  // where not many classes are present; `end` is not used.
   void (*add_streams)(const S* z, int64_t channel, int64_t count, int64_t d, const ClassOfBlocks* present,
                       int64_t present_count, const int32_t* codes, const A* scale, double* sums, int64_t stride);
   // sums[code_i] += scale_i z_i, squares[code_i] += norms_i; `scale` and `norms` may be null. Row -1 gathers the rest.

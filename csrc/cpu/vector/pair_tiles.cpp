@@ -2,7 +2,7 @@
 //
 // A register tile of kRows x kVectors vectors accumulates s over the depth, the columns' rows transposed into panels
 // that stay in the first-level cache. What follows (exponential, weights, sums) is done on the registers. The backward
-// writes its coefficients g, 147 KiB at 192 x 192 in float32, to scratch memory that stays in the second-level cache,
+// writes its coefficients g, 144 KiB at 192 x 192 in float32, to scratch memory that stays in the second-level cache,
 // and multiplies it by both blocks' rows with the same register tile: 3 products, 192 flops a pair at a depth of 64,
 // beside some 20 operations for exponential and coefficients.
 #include "pair_tiles.h"
@@ -12,7 +12,8 @@
 namespace in2nect::cpu::IN2NECT_CAPABILITY {
 namespace {
 
-// Accumulators: 24 of AVX-512's 32 registers, 12 of the others' 16; kVectors vectors of columns and one broadcast beside.
+// Accumulators: 24 of AVX-512's 32 registers, 12 of the others' 16; kVectors vectors of columns and one broadcast
+// beside.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 12, kVectors = 2;
 #else

@@ -16,7 +16,7 @@ template <typename A>
 struct Side {
   const A* rows;      // (count, stride), 0 beyond the depth
   const A* shift;     // with the constant shift: shift_i;  else log2 of the weight, -inf where the row is no key
-  const A* omega;     // constant shift: the weight as a key, times 2^shift
+  const A* omega;     // constant shift: the weight as a key, times 2^shift, scaled so that the largest is 1
   const A* rho;       // backward: constant shift: a_i / sum_j omega_j e_ij;  else a_i
   A* peak;            // else: the row's largest exponent; in the backward log2 D_i
   double* sums;       // forward: sum_j omega_j e_ij, or sum_j 2^(x_ij + log_weight_j - peak_i)
@@ -47,8 +47,8 @@ struct PairTiles {
   // have omega 0, and keys that are no anchors rho 0.
   void (*forward)(const Side<A>& i, const Side<A>& j, const TileShape&, Pairs, A* scratch);
   void (*backward)(const Side<A>& i, const Side<A>& j, const TileShape&, Pairs, A* scratch);
-  // Running maximum: the peaks; with them the sums; then the gradient, g_ij = a_i 2^(x_ij + log_weight_j - log2 D_i), plus
-  // g_ji within one set.
+  // Running maximum: the peaks; with them the sums; then the gradient, g_ij = a_i 2^(x_ij + log_weight_j - log2 D_i),
+  // plus g_ji within one set.
   void (*peaks)(const Side<A>& i, const Side<A>& j, const TileShape&, Pairs, A* scratch);
   void (*peaked_forward)(const Side<A>& i, const Side<A>& j, const TileShape&, Pairs, A* scratch);
   void (*peaked_backward)(const Side<A>& i, const Side<A>& j, const TileShape&, Pairs, A* scratch);

@@ -16,7 +16,7 @@ namespace in2nect::cpu::IN2NECT_CAPABILITY {
 namespace {
 
 using Vector = Vec<float>;
-using Pair = uint32_t;  // two bfloat16 numbers, the first in the low half
+typedef uint32_t Pair __attribute__((may_alias));  // two bfloat16 numbers, the first in the low half
 constexpr int kWide = kLanes<float>;
 static_assert(kWide == 16);
 
@@ -65,10 +65,11 @@ IN2NECT_INLINE Words interleave(Halves even, Halves odd) {
 
 // Scratch memory, in planes where the rows are: coefficients, the rows of both blocks in pairs, a panel, a strip.
 struct Scratch {
-  Bf16* g_rows[2];                        // (rows, columns): g_ij f_j
-  Pair* g_pairs[2];                       // (rows / 2, columns): g_ij f_i
-  Pair *keys[2], *anchors[2], *panel[2];  // (columns / 2, stride), (rows / 2, stride), (stride / 2, kPanel)
-  Pair* turned[2];                        // (stride, rows / 2): the anchors' channels by rows; tile registers alone
+  Bf16* g_rows[2] = {};                   // (rows, columns): g_ij f_j
+  Pair* g_pairs[2] = {};                  // (rows / 2, columns): g_ij f_i
+  Pair *keys[2] = {}, *anchors[2] = {};   // (columns / 2, stride), (rows / 2, stride)
+  Pair* panel[2] = {};                    // (stride / 2, kPanel)
+  Pair* turned[2] = {};                   // (stride, rows / 2): the anchors' channels by rows; tile registers alone
   float *strip, *row_sums, *column_sums;  // (kStrip, kPanel), (rows, kWide), (columns,)
   int64_t bytes;
 
@@ -129,10 +130,9 @@ void pair_rows(const Bf16* rows, int64_t count, int64_t stride, Pair* pairs) {
 }
 
 // One operand of a product, in one or two planes.
-template <typename T>
 struct Operand {
-  const T* plane[2];
-  int64_t stride;  // in T
+  const Pair* plane[2];
+  int64_t stride;  // in pairs
 };
 
 // high . high, then of two planes high . low and low . high
@@ -149,7 +149,7 @@ IN2NECT_INLINE int right_plane(int product) {
 #ifdef IN2NECT_TILE_REGISTERS
 
 #ifdef IN2NECT_EMULATE_TILES
-// What the instructions do, by their manual: registers of 16 rows of 64 bytes.
+// What the instructions do, but for the order of their sums: registers of 16 rows of 64 bytes.
 struct TileRegisters {
   Pair tile[8][16][16];
 
@@ -209,6 +209,8 @@ struct TilesInUse {
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } configuration;
     static_assert(sizeof(configuration) == 64);
+    // compilers take the instruction to read 8 bytes of the 64
+    __asm__ volatile("" : : "r"(&configuration) : "memory");
     _tile_loadconfig(&configuration);
   }
   ~TilesInUse() {
@@ -218,11 +220,12 @@ struct TilesInUse {
 #endif
 
 // out (32, 32) = a . b over `depth` numbers: a by rows of pairs, b in pairs (depth / 2, column).
-IN2NECT_INLINE void multiply_block(const Operand<Pair>& a, const Operand<Pair>& b, int64_t depth, int planes,
+IN2NECT_INLINE void multiply_block(const Operand& a, const Operand& b, int64_t depth, int planes,
                                    float* out) {
 #ifdef IN2NECT_EMULATE_TILES
   TileRegisters registers;
 #endif
+  __asm__ volatile("" : : : "memory");  // nor do they know that loads of registers read memory
   TILE_ZERO(0);
   TILE_ZERO(1);
   TILE_ZERO(2);

@@ -1,7 +1,7 @@
-// The tiles of the pairwise loss on rows of bfloat16, as pair_tiles.h has them for float32 and float64; the constant shift
-// alone. Rows stay as they came, unnormalised, so nothing is lost to a second rounding: a factor a row goes into the
-// exponents and the coefficients, x_ij = f_i f_j z_i . z_j with f = sqrt(log2(e) / tau) / |z|. Coefficients are rounded to
-// bfloat16, sums and gradients are in float32.
+// The tiles of the pairwise loss on rows of bfloat16, as pair_tiles.h has them for float32 and float64; the constant
+// shift alone. Rows stay as they came, unnormalised, so nothing is lost to a second rounding: a factor a row goes into
+// the exponents and the coefficients, x_ij = f_i f_j z_i . z_j with f = sqrt(log2(e) / tau) / |z|. Coefficients are
+// rounded to bfloat16, sums and gradients are in float32.
 //
 // Rows of float32 come in two planes, v = high + low with 16 bits of it, and f = 1: three products, high . high, high .
 // low and low . high, keep what float32 needs up to 2^-16.

@@ -112,13 +112,14 @@ IN2NECT_INLINE void transpose(Vec<A> (&square)[kLanes<A>]) {
 template <typename A>
 struct Exp2;
 
-// 2^x for x <= 1, 0 below the smallest normal number; at most 2 ulp. x is split into a whole number, which goes into the
+// 2^x for x <= 1, 0 where it is no normal number; at most 2 ulp. x is split into a whole number, which goes into the
 // exponent's bits, and the rest in [-1/2, 1/2], for which the minimax polynomial is off by 2e-9. NaN stays NaN.
 template <>
 struct Exp2<float> {
-  static constexpr float kLowest = -127.0F, kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to a whole number
+  static constexpr float kLowest = -126.0F, kZero = -127.0F;
+  static constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to a whole number
   static IN2NECT_INLINE Vec<float> of(Vec<float> x) {
-    x = x < kLowest ? broadcast(kLowest) : x;  // there the exponent's bits come to 0, and 2^x to 0
+    x = x < kLowest ? broadcast(kZero) : x;  // there the exponent's bits come to 0, and 2^x to 0
     const Vec<float> rounded = x + kRound;
     const Vec<float> f = x - (rounded - kRound);
     Vec<float> p = broadcast(1.5345812e-4F);
@@ -136,9 +137,9 @@ struct Exp2<float> {
 // The same in float64: polynomial of degree 11, off by 3e-18.
 template <>
 struct Exp2<double> {
-  static constexpr double kLowest = -1023.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLowest = -1022.0, kZero = -1023.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
   static IN2NECT_INLINE Vec<double> of(Vec<double> x) {
-    x = x < kLowest ? broadcast(kLowest) : x;
+    x = x < kLowest ? broadcast(kZero) : x;
     const Vec<double> rounded = x + kRound;
     const Vec<double> f = x - (rounded - kRound);
     Vec<double> p = broadcast(4.4352809446103363e-10);
