@@ -1,9 +1,8 @@
 """The losses as functions: class means, inter-class loss (Eqs. 5, 10) and intra-class loss (Eq. 6), over the operators.
 
 Time: ``exact`` O(N^2 d), ``sampled`` O(N d + (K m)^2 d), ``moments`` O(N d (K + d)), or O(N K d^2) with a covariance a
-class. None keeps an N x N matrix, but ``moments`` holds the rows of every pixel in float32, at label resolution too,
-until it is an operator of its own; so does ``exact`` off the Triton kernels (in C++ the labelled rows, twice), and
-with them at label resolution.
+class. None keeps an N x N matrix, but ``exact`` holds the rows of every pixel in float32 off the Triton kernels (in C++ the
+labelled rows, twice), and with them at label resolution.
 Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
 ``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
 use :func:`in2nect.reference.intra_class_loss`.
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from in2nect import ops, reference
-from in2nect.labels import Resolution, as_grid, check_inputs, to_feature_grid, valid_mask
+from in2nect.labels import Resolution, as_grid, check_inputs, to_feature_grid
 from in2nect.reference import Covariance, Denominator, Estimator
 
 
@@ -138,6 +137,16 @@ def intra_class_loss(
                 temperature=temperature,
                 normalize=normalize,
             )
+        if estimator == "moments":
+            return ops.class_moments(
+                features,
+                labels,
+                num_classes,
+                ignore_index=ignore_index,
+                resolution=resolution,
+                temperature=temperature,
+                covariance=covariance,
+            ).loss
         # The features are differentiated along several ways, whose sum is to be rounded to their dtype once.
         features = features.to(ops.accumulation_dtype(features.dtype))
         sums, counts, squares = ops.class_sums(
@@ -153,31 +162,49 @@ def intra_class_loss(
         paired = counts >= 2
         pairs = torch.where(paired, n * (n - 1), 1.0)
         positive = torch.where(paired, (sums.square().sum(1) - squares) / (pairs * temperature), 0.0).sum()
-        if estimator == "sampled":
-            log_d = _sampled(
-                features,
-                labels,
-                num_classes,
-                per_class,
-                temperature,
-                normalize,
-                ignore_index,
-                resolution,
-                paired,
-                generator,
-            )
-        else:
-            rows, flat = reference.all_rows(features, labels, resolution=resolution)
-            valid = valid_mask(flat, num_classes, ignore_index)
-            rows = torch.where(valid[:, None], rows, 0.0)  # weight 0 alone would let a NaN of an ignored pixel through
-            rows = reference.unit_rows(rows) if normalize else rows
-            classes = torch.where(valid, flat, 0).long()
-            weights = torch.where(valid, 1.0 / n.clamp(min=1.0)[classes], 0.0)
-            anchor_weights = torch.where(paired[classes], weights, 0.0)
-            if features.is_cuda and not torch.compiler.is_compiling():
-                ops.warn_slow("moments")
-            log_d = _moments(rows, classes, weights, anchor_weights, sums, counts, temperature, covariance)
+        log_d = _sampled(
+            features,
+            labels,
+            num_classes,
+            per_class,
+            temperature,
+            normalize,
+            ignore_index,
+            resolution,
+            paired,
+            generator,
+        )
         return log_d - positive
+
+
+def class_means_and_intra_class_loss(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    covariance: Covariance = "pooled",
+    temperature: float = 1.0,
+    ignore_index: int = 255,
+    resolution: Resolution = "label",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`class_means` and :func:`intra_class_loss` by "moments" in the same passes over the features, which also
+    write one gradient in place of two; arguments and errors are theirs.
+
+    Returns:
+        Means (K, d), counts (K,) int64 and the loss, scalar.
+    """
+    reference.check_settings("moments", covariance, temperature, normalize=True)
+    loss, sums, counts = ops.class_moments(
+        features,
+        labels,
+        num_classes,
+        ignore_index=ignore_index,
+        resolution=resolution,
+        temperature=temperature,
+        covariance=covariance,
+        sums=True,
+    )
+    return sums / counts.clamp(min=1)[:, None].to(sums.dtype), counts, loss
 
 
 def intra_class_floor(num_classes: int, temperature: float = 1.0) -> float:
@@ -231,41 +258,6 @@ def _sampled(
     anchor_weights = torch.where(paired[:, None], drawn_weights[0], 0.0).flatten()
     log_d = ops.pair_logsumexp(drawn_rows[0], drawn_weights[1].flatten(), temperature, keys=drawn_rows[1])
     return _weighted(anchor_weights, log_d)
-
-
-def _moments(
-    rows: Tensor,
-    classes: Tensor,
-    weights: Tensor,
-    anchor_weights: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    temperature: float,
-    covariance: Covariance,
-) -> Tensor:
-    """``sum_i a_i log D_i`` by second-order cumulants; rows of weight 0 count for nothing.
-
-    Pooled: ``sum_i a_i LSE_i + tr(Sigma_bar B) / (2 tau^2)``, B = sum_i a_i u_i u_i^T: no quadratic a pixel.
-    """
-    present = counts > 0
-    centres = sums / counts.clamp(min=1)[:, None].to(sums.dtype)  # (K, d)
-    exponents = rows @ centres.T / temperature  # (N, K)
-    if covariance == "class":
-        quadratics = []
-        for k, centre in enumerate(centres):
-            of_class = torch.where(classes == k, weights, 0.0)
-            sigma = (rows * of_class[:, None]).T @ rows - torch.outer(centre, centre)
-            quadratics.append(((rows @ sigma) * rows).sum(1) / (2 * temperature**2))
-        exponents = exponents + torch.stack(quadratics, dim=1)
-    # the lowest finite number, not -inf: with no class present the softmax of the backward stays finite
-    exponents = exponents.masked_fill(~present, torch.finfo(rows.dtype).min)
-    log_d = _weighted(anchor_weights, torch.logsumexp(exponents, dim=1))
-    if covariance == "class":
-        return log_d
-    second_moment = (rows * weights[:, None]).T @ rows  # M2, (d, d)
-    pooled = (second_moment - centres.T @ centres) / present.sum().clamp(min=1)
-    anchors_moment = (rows * anchor_weights[:, None]).T @ rows  # B, (d, d)
-    return log_d + (pooled * anchors_moment).sum() / (2 * temperature**2)
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

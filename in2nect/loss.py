@@ -186,14 +186,33 @@ class In2NeCTLoss(nn.Module):
             check_inputs(features, labels, self.inter.num_classes, self.inter.resolution)
             _check_width(features, self.dim)
             features = self._project(features)
-        inter = self.inter(features, labels)
-        intra = self.intra(features, labels, generator=generator)
+        if self.intra.estimator == "moments":
+            inter, intra = self._in_the_same_passes(features, labels)
+        else:
+            inter = self.inter(features, labels)
+            intra = self.intra(features, labels, generator=generator)
         return In2NeCTTerms(self.weight * (inter + intra), inter, intra)
 
     @property
     def intra_floor(self) -> float:
         """The intra-class loss on a perfect simplex ETF of all classes: subtract it in plots."""
         return self.intra.floor
+
+    def _in_the_same_passes(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both losses from one operator's moments."""
+        inter, intra = self.inter, self.intra
+        check_inputs(features, labels, inter.num_classes, inter.resolution)
+        _check_width(features, inter.classifier.weight.shape[1])
+        means, counts, loss = functional.class_means_and_intra_class_loss(
+            features,
+            labels,
+            inter.num_classes,
+            covariance=intra.covariance,
+            temperature=intra.temperature,
+            ignore_index=inter.ignore_index,
+            resolution=inter.resolution,
+        )
+        return functional.inter_class_loss(means, counts, inter.classifier.weight, denominator=inter.denominator), loss
 
     def _project(self, features: Tensor) -> Tensor:
         assert self.projection is not None

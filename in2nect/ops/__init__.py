@@ -2,6 +2,7 @@
 
 from in2nect.ops._registration import accumulation_dtype
 from in2nect.ops.backend import use_backend, warn_slow
+from in2nect.ops.class_moments import class_moments
 from in2nect.ops.class_sums import class_sums
 from in2nect.ops.gather_rows import gather_rows
 from in2nect.ops.intra_exact import intra_exact
@@ -10,6 +11,7 @@ from in2nect.ops.sample_pixels import sample_pixels
 
 __all__ = [
     "accumulation_dtype",
+    "class_moments",
     "class_sums",
     "gather_rows",
     "intra_exact",

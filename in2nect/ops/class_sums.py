@@ -62,12 +62,12 @@ def _class_sums(
     squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("class_sums", features.device)
-    rows_labels = _rows_labels(features, labels, resolution)
-    if labels.is_cuda or rows_labels is labels:
+    grid_labels = rows_labels(features, labels, resolution)
+    if labels.is_cuda or grid_labels is labels:
         check_unless_checked(run, labels, num_classes, ignore_index)
     else:  # a kernel would see those alone that were picked
         check_values(labels, num_classes, ignore_index)
-    return run(features, rows_labels, num_classes, ignore_index, normalize, squares)
+    return run(features, grid_labels, num_classes, ignore_index, normalize, squares)
 
 
 def _class_sums_fake(
@@ -96,7 +96,7 @@ def _class_sums_backward(
     resolution: str,
     normalize: bool,
 ) -> Tensor:
-    labels = _rows_labels(features, labels, resolution)
+    labels = rows_labels(features, labels, resolution)
     run = select("class_sums_backward", features.device)
     return run(grad_sums, grad_squares, features, labels, ignore_index, normalize)
 
@@ -177,7 +177,7 @@ def check_unless_checked(run: Callable, labels: Tensor, num_classes: int, ignore
         check_values(labels, num_classes, ignore_index)
 
 
-def _rows_labels(features: Tensor, labels: Tensor, resolution: str) -> Tensor:
+def rows_labels(features: Tensor, labels: Tensor, resolution: str) -> Tensor:
     return to_feature_grid(labels, *features.shape[2:]) if resolution == "feature" else labels
 
 
