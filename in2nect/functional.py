@@ -1,8 +1,9 @@
 """The losses as functions: class means, inter-class loss (Eqs. 5, 10) and intra-class loss (Eq. 6), over the operators.
 
 Time: ``exact`` O(N^2 d), ``sampled`` O(N d + (K m)^2 d), ``moments`` O(N d (K + d)), or O(N K d^2) with a covariance a
-class. None keeps an N x N matrix, but ``exact`` holds the rows of every pixel in float32 off the Triton kernels (in C++ the
-labelled rows, twice), and with them at label resolution.
+class; at label resolution N of ``moments`` is the cells, and a label pixel costs O(K). None keeps an N x N matrix, but
+``exact`` holds the rows of every pixel in float32 off the Triton kernels (in C++ the labelled rows, twice), and with
+them at label resolution.
 Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
 ``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
 use :func:`in2nect.reference.intra_class_loss`.

@@ -23,10 +23,11 @@
 #include <vector>
 
 #include "../common/class_sums.h"
-#include "capability.h"
+#include "chunks.h"
+#include "codes.h"
 #include "interpolation.h"
+#include "loops.h"
 #include "memory.h"
-#include "vector/class_sums.h"
 #include "views.h"
 
 namespace in2nect::cpu {
@@ -50,50 +51,6 @@ constexpr int64_t kStreamedClasses = 14;
 constexpr int64_t kStreamedTiles = 8, kLeastStreamedPixels = 4096, kMostStreamedPixels = 65536;
 // Feature rows a thread gathers the gradient of at once; one label row in eight ratios is interpolated twice.
 constexpr int64_t kStripRows = 8;
-// Elements below which another thread costs more than it saves.
-constexpr int64_t kGrainElements = 32768;
-// Lanes of the widest vector: room that loops over whole blocks need behind their last pixel.
-constexpr int64_t kMostLanes = 16;
-
-const ClassSumsTable& loops() {
-#ifdef IN2NECT_X86
-  if (capability() >= Capability::kAvx512) {
-    return avx512::class_sums_table;
-  }
-  if (capability() >= Capability::kAvx2) {
-    return avx2::class_sums_table;
-  }
-#endif
-  return portable::class_sums_table;
-}
-
-// Elements as the loops know them.
-template <typename T>
-using Stored = std::conditional_t<
-    std::is_same_v<T, torch::headeronly::BFloat16>, BFloat16Bits,
-    std::conditional_t<std::is_same_v<T, torch::headeronly::Half>, HalfBits, T>>;
-
-template <typename S>
-const ClassSumsLoops<S, Accumulator<S>>& loops_of() {
-  if constexpr (std::is_same_v<S, float>) {
-    return loops().f32;
-  } else if constexpr (std::is_same_v<S, double>) {
-    return loops().f64;
-  } else if constexpr (std::is_same_v<S, BFloat16Bits>) {
-    return loops().bf16;
-  } else {
-    return loops().f16;
-  }
-}
-
-template <typename A>
-const ArithmeticLoops<A>& arithmetic() {
-  if constexpr (std::is_same_v<A, double>) {
-    return loops().a64;
-  } else {
-    return loops().a32;
-  }
-}
 
 // Rows of features: channels inner (pixel i at data + i * pixel, channels adjacent) or pixels inner (channel c at
 // data + c * channel, pixels adjacent).
@@ -114,74 +71,7 @@ int64_t packed_size(int64_t pixels, int64_t channels) {
   return std::max(pixels, kMostLanes) * channels;
 }
 
-// ---- labels ---------------------------------------------------------------------------------------------------------
-
-// The classes of neighbouring pixels, kSkip for one that belongs to none.
-class Codes {
- public:
-  Codes(const Labels& labels, int64_t classes, int64_t ignore, int64_t pixels)
-      : labels_(labels), classes_(classes), ignore_(ignore), codes_(pixels + 2 * kMostLanes) {}
-
-  // Of `count` pixels from (b, y, x) on; returns how many are strays.
-  int64_t read(int64_t b, int64_t y, int64_t x, int64_t count) {
-    const void* from = labels_.at(b, y, x);
-    switch (labels_.type()) {
-      case ScalarType::Byte:
-        return read(static_cast<const uint8_t*>(from), loops().labels.bytes, count);
-      case ScalarType::Int:
-        return read(static_cast<const int32_t*>(from), loops().labels.ints, count);
-      default:
-        return read(static_cast<const int64_t*>(from), loops().labels.longs, count);
-    }
-  }
-  int32_t* data() {
-    return codes_.data();
-  }
-  int32_t operator[](int64_t i) const {
-    return codes_[i];
-  }
-
- private:
-  template <typename L, typename Loop>
-  int64_t read(const L* from, const Loop& loop, int64_t count) {
-    if (labels_.column() == 1) {
-      return loop(from, count, classes_, ignore_, codes_.data());
-    }
-    gathered_.resize(count);
-    for (int64_t i = 0; i < count; ++i) {
-      gathered_[i] = static_cast<int64_t>(from[i * labels_.column()]);
-    }
-    return loops().labels.longs(gathered_.data(), count, classes_, ignore_, codes_.data());
-  }
-
-  const Labels& labels_;
-  int64_t classes_, ignore_;
-  std::vector<int32_t> codes_;
-  std::vector<int64_t> gathered_;
-};
-
 // ---- fixed cuts of the work -----------------------------------------------------------------------------------------
-
-// A grid cut into row segments of at most `pixels` pixels: the unit of work.
-struct Segments {
-  int64_t height, width, pixels, per_row, total;
-
-  Segments(int64_t batch, int64_t height, int64_t width, int64_t pixels)
-      : height(height),
-        width(width),
-        pixels(std::min(pixels, std::max<int64_t>(width, 1))),
-        per_row(divide_up(width, pixels)),
-        total(batch * height * per_row) {}
-
-  struct Segment {
-    int64_t image, row, begin, count;
-  };
-  Segment operator[](int64_t unit) const {
-    const int64_t row = unit / per_row;
-    const int64_t begin = (unit % per_row) * pixels;
-    return {row / height, row % height, begin, std::min(pixels, width - begin)};
-  }
-};
 
 // Pixels of a tile that is read more than once.
 int64_t tile_pixels(int64_t channels) {
@@ -194,31 +84,8 @@ int64_t streamed_pixels(int64_t total) {
   return std::clamp(total / kStreamedTiles, kLeastStreamedPixels, kMostStreamedPixels);
 }
 
-// Images whose rows follow one another are lines: fewer and longer segments.
-template <typename T>
-Shape as_lines(const Shape& shape, const Features<T>& features, const Labels& labels) {
-  Shape lines = shape;
-  if (shape.same_grid() && features.row == shape.width * features.column &&
-      labels.row() == shape.width * labels.column()) {
-    lines.height = lines.label_height = 1;
-    lines.width = lines.label_width = shape.height * shape.width;
-  }
-  return lines;
-}
-
 int64_t chunks_of(int64_t units, int64_t elements, int64_t totals) {
   return std::min({units, kMaxChunks, std::max<int64_t>(1, elements / std::max<int64_t>(1, kChunkTotals * totals))});
-}
-
-// Calls body(chunk, begin, end) for `chunks` ranges that cover 0..units.
-template <typename Body>
-void for_each_chunk(int64_t chunks, int64_t units, int64_t elements, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, chunks * kGrainElements / std::max<int64_t>(elements, 1));
-  torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      body(chunk, chunk * units / chunks, (chunk + 1) * units / chunks);
-    }
-  });
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -247,51 +114,6 @@ struct Totals {
   int64_t* counts_of(int64_t chunk) {
     return counts.data() + chunk * classes;
   }
-};
-
-// Adds the chunks in order.
-template <typename P, typename A>
-void reduce_chunks(const std::vector<P>& partial, int64_t chunks, int64_t size, A* out) {
-  std::vector<P> total(size);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t i = 0; i < size; ++i) {
-      total[i] += partial[chunk * size + i];
-    }
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    out[i] = static_cast<A>(total[i]);
-  }
-}
-
-// Counts the codes of a tile, and which classes they are.
-class Counter {
- public:
-  explicit Counter(int64_t classes) : classes_(classes), counts_(kTables * (classes + 1)) {}
-
-  void add(const int32_t* codes, int64_t count, int64_t* totals) {
-    present_.clear();
-    loops().labels.count(codes, count, counts_.data() + 1, classes_ + 1);
-    for (int64_t k = 0; k < classes_; ++k) {
-      int64_t found = 0;
-      for (int64_t table = 0; table < kTables; ++table) {
-        int32_t& own = counts_[table * (classes_ + 1) + 1 + k];
-        found += own;
-        own = 0;
-      }
-      if (found > 0) {
-        totals[k] += found;
-        present_.push_back(static_cast<int32_t>(k));
-      }
-    }
-  }
-  const std::vector<int32_t>& present() const {
-    return present_;
-  }
-
- private:
-  static constexpr int64_t kTables = 4;
-  int64_t classes_;
-  std::vector<int32_t> counts_, present_;
 };
 
 // One row segment of features, on their own grid or interpolated, as a tile; owns the buffers that needs.

@@ -2,6 +2,7 @@
 // the operators of the same names in in2nect::, in Python, which call these.
 #include <torch/csrc/stable/library.h>
 
+#include "class_moments.h"
 #include "class_sums.h"
 #include "gather_rows.h"
 #include "intra_exact.h"
@@ -9,6 +10,16 @@
 #include "sample_pixels.h"
 
 STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
+  library.def(
+      "class_moments(Tensor features, Tensor labels, int num_classes, int ignore_index, bool sums, bool by_class)"
+      " -> (Tensor counts, Tensor sums, Tensor unit_sums, Tensor squares, Tensor second, int strays)");
+  library.def(
+      "class_moments_mixtures(Tensor features, Tensor labels, Tensor centres, Tensor? curvatures, Tensor present,"
+      " Tensor anchors, int ignore_index) -> (Tensor log_d, Tensor mixed, Tensor mixed_second)");
+  library.def(
+      "class_moments_backward(Tensor features, Tensor labels, Tensor centres, Tensor? curvatures, Tensor present,"
+      " Tensor anchors, Tensor matrices, Tensor scales, Tensor constant, Tensor own, Tensor? grad_sums,"
+      " int ignore_index) -> Tensor");
   library.def(
       "class_sums(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize, bool squares)"
       " -> (Tensor sums, Tensor counts, Tensor squares, int strays)");
@@ -34,6 +45,9 @@ STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(in2nect_cpp, CPU, library) {
+  library.impl("class_moments", TORCH_BOX(&in2nect::cpu::class_moments));
+  library.impl("class_moments_mixtures", TORCH_BOX(&in2nect::cpu::class_moments_mixtures));
+  library.impl("class_moments_backward", TORCH_BOX(&in2nect::cpu::class_moments_backward));
   library.impl("class_sums", TORCH_BOX(&in2nect::cpu::class_sums));
   library.impl("class_sums_backward", TORCH_BOX(&in2nect::cpu::class_sums_backward));
   library.impl("intra_exact", TORCH_BOX(&in2nect::cpu::intra_exact));

@@ -8,9 +8,9 @@ One operator, because three passes over the features are enough for both losses 
 one for the log-sum-exps (which need all of them), one that writes the gradient (which needs the sums of all of those).
 Each pass is a function of a backend; the algebra of K x d and d x d between them is here, the same for all.
 
-At label resolution the interpolated rows are never held, nor a number a label pixel, but by the reference. What a row is
-needed for is linear in it (sums, logits), or quadratic (norms, second moments): the first is the interpolation of what
-the cells of the feature grid have, the second that of the products of neighbouring cells.
+At label resolution the interpolated rows are never held, nor a number a label pixel, but by the reference. What a row
+is needed for is linear in it (sums, logits), or quadratic (norms, second moments): the first is the interpolation of
+what the cells of the feature grid have, the second that of the products of neighbouring cells.
 Once differentiable. Deterministic: cpp and triton always, the reference under torch.use_deterministic_algorithms.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from in2nect import reference
 from in2nect.labels import as_grid, check_inputs, check_values, valid_mask
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, kernel, native_operator, select
+from in2nect.ops.backend import implementation, native_operator, select
 from in2nect.ops.class_sums import check_unless_checked, rows_labels, through_normalization, to_features
 
 
@@ -188,8 +188,8 @@ def _class_moments_backward(
         du_i = a_i sum_k p_ik ( c_k / tau + 2 V_k u_i ) + H_y u_i + e_y + f_y u_i
 
     where V_k = Sigma_k / (2 tau^2) is there with a covariance a class alone; then ``H_k = w_k B_k / tau^2``, else
-    ``H_k = a_k (Sigma_bar + B / K') / tau^2``, one matrix and a number a class. A single pixel is its class's centre, so
-    that ``B (u_i - c_k)`` is zero there.
+    ``H_k = a_k (Sigma_bar + B / K') / tau^2``, one matrix and a number a class. A single pixel is its class's centre,
+    so that ``B (u_i - c_k)`` is zero there.
     """
     classes = _Classes.of(counts, unit_sums)
     grad = grad.to(unit_sums.dtype)
@@ -370,3 +370,18 @@ def _exponents(rows: Tensor, centres: Tensor, curvatures: Tensor | None, present
     if curvatures is not None:
         exponents = exponents + torch.stack([((rows @ curvature) * rows).sum(1) for curvature in curvatures], 1)
     return exponents.masked_fill(~present, torch.finfo(rows.dtype).min)
+
+
+def _native(*arguments: Any) -> tuple[Tensor, ...]:
+    """The compiled first pass, which counts the labels that are none; check_values tells which those are."""
+    *results, strays = torch.ops.in2nect_cpp.class_moments(*arguments)
+    if strays:
+        _, labels, num_classes, ignore_index, *_ = arguments
+        check_values(labels, num_classes, ignore_index)
+    return tuple(results)
+
+
+_native.checks_labels = "cpu"  # type: ignore[attr-defined]
+implementation("class_moments", "cpp")(_native)
+for _name in ("class_moments_mixtures", "class_moments_backward"):
+    implementation(_name, "cpp")(native_operator("cpp", _name))
