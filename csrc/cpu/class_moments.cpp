@@ -17,8 +17,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -833,7 +831,7 @@ Tensor class_moments_backward(Tensor features, Tensor labels, Tensor centres, st
     using A = Accumulator<T>;
     const int64_t bytes = gradient.numel() * static_cast<int64_t>(sizeof(T));
     if (P == 0) {
-      std::memset(gradient.mutable_data_ptr(), 0, bytes);
+      std::fill_n(static_cast<char*>(gradient.mutable_data_ptr()), bytes, 0);
       return;
     }
     advise_huge_pages(gradient.mutable_data_ptr(), bytes);
