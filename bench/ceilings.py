@@ -81,6 +81,8 @@ def least_work(problem: Problem) -> tuple[Work, Work]:
     ``sampled`` is that with N = M = K m after the class sums, whose bytes it adds; ``moments``, per pixel:
         forward   d^2 (its part of a symmetric M2, by half) + 2 K d (K logits), K exponentials
         backward  2 d^2 (one d x d product) + 4 K d (the logits again, and the mean of the centres), K exponentials
+        at label resolution the products per cell, and per pixel some flops to interpolate K numbers and hand K back;
+        features are counted as read once each way, the gradient as written once, labels as read three times
     ``class_sums`` and ``gather_rows`` move bytes: features and labels in, sums out; labels in, the gradient out.
     Those of ``class_sums`` go one way almost all: what it reads counts at the rate of a sum, what it writes at that of
     a copy.
@@ -91,6 +93,7 @@ def least_work(problem: Problem) -> tuple[Work, Work]:
     features = math.prod(problem.feature_shape) * d * s
     labels = math.prod(problem.label_shape) * 8
     on_cuda = problem.device.type == "cuda"
+    blended = problem.feature_shape != problem.grid
     if problem.op == "pair_logsumexp" and problem.keys:
         rows = (n + problem.keys) * d * s + problem.keys * wide
         forward, backward = _anchors_and_keys(n, problem.keys, d, on_cuda)
@@ -115,8 +118,10 @@ def least_work(problem: Problem) -> tuple[Work, Work]:
     elif problem.estimator == "sampled":
         forward, backward = _anchors_and_keys(k * problem.per_class, k * problem.per_class, d, on_cuda)
     else:
-        forward = Work(flops=n * (d * d + 2 * k * d), exponentials=n * k)
-        backward = Work(flops=n * (2 * d * d + 4 * k * d), exponentials=n * k)
+        cells = math.prod(problem.feature_shape)
+        forward = Work(flops=cells * (d * d + 2 * k * d) + blended * 6 * k * n, exponentials=n * k)
+        backward = Work(flops=cells * (2 * d * d + 4 * k * d) + blended * 12 * k * n, exponentials=n * k)
+        return _with_bytes(forward, features + 2 * labels), _with_bytes(backward, 2 * features + labels)
     return _with_bytes(forward, features + labels), _with_bytes(backward, 2 * features + labels)
 
 

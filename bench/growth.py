@@ -31,7 +31,7 @@ POWER: dict[tuple[str, str | None], int] = {
     ("classes", "exact"): 0,
     ("classes", "sampled"): 2,
 }
-HELD = 12  # times the inputs, that an estimator may hold: rows in float32, their unit rows, what the backward keeps
+HELD = 12  # times the inputs, that an estimator may hold: `sampled` its gradients in float32, peers rows and unit rows
 
 
 @dataclass
