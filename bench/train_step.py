@@ -66,7 +66,7 @@ RESOLUTIONS = ("feature", "label")
 SIZES = {"cpu": [512], "cuda": [512, 1024]}
 BATCHES = {"cpu": [2], "cuda": [16]}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
-EXACT_PIXELS = {"cpu": 32_768, "cuda": 1_048_576}  # about as long as the step itself
+EXACT_PIXELS = {"cpu": 32_768, "cuda": 1_048_576}  # whose square exact costs
 SECONDS = {"cpu": 10.0, "cuda": 5.0}  # of rounds a row
 BUDGET = {"cpu": 100.0, "cuda": 900.0}
 WARM_UPS = {"cpu": 1, "cuda": 3}  # steps in which memory is got, and algorithms are chosen
@@ -194,9 +194,10 @@ class Host:
         return total.detach()
 
     def features(self) -> Tensor:
-        """The representation of the batch, as the step's forward pass gives it, cut off from the network."""
+        """The representation of the batch, cut off from the network; eager, since without gradients it would be
+        compiled once more."""
         with torch.no_grad(), self.autocast():
-            return self.forward(self.images).features.detach()
+            return self.model.forward_training(self.images).features.detach()
 
     def memory(self, criterion: nn.Module | None) -> tuple[int | None, str]:
         """Bytes at the peak of a step beyond what there is between steps: weights, gradients, optimiser, batch."""
@@ -511,7 +512,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         ("budget", BUDGET),
     ):
         if getattr(options, name) is None:
-            setattr(options, name, defaults[options.device])  # type: ignore[index]
+            setattr(options, name, defaults[options.device])
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     if options.network not in list_models():
         parser.error(f"--network {options.network}: expected one of {', '.join(list_models())}")

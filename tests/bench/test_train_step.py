@@ -168,6 +168,23 @@ def test_a_step_trains(bench) -> None:
         assert all(not torch.equal(a, b) for a, b in zip(before, host.model.parameters()) if b.grad is not None)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_cuda_never_waits_and_is_timed(quick, capsys) -> None:
+    host = quick.train_step.Host(case(quick, device=torch.device("cuda"), dtype=torch.bfloat16))
+    for estimator in ("moments", "sampled", "exact"):
+        criterion = host.criterion(estimator, "feature")
+        host.step(criterion)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            host.step(criterion)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    options = ["--size", "64", "--batch", "2", "--encoder", "test_efficientnet", *QUICK]
+    assert quick.train_step.main([*options, "--device", "cuda"]) == 0
+    assert "failed" not in capsys.readouterr().out
+
+
 def test_labels_are_long_tailed_patches_some_of_them_ignored(bench) -> None:
     for size in (512, 75):
         settings = case(bench, size=size, batch=4, classes=7)
