@@ -463,7 +463,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compile",
         action="store_true",
         help="compile the forward pass of the step with torch.compile, as the trainer's model.compile; inference is "
-        "timed as it is",
+        "timed as it is. On a CPU that takes minutes a size: raise --budget",
     )
     how.add_argument("--seconds", type=float, metavar="S", help=_by_device(SECONDS, "of rounds a row"))
     how.add_argument(
