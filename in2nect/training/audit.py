@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from in2nect.labels import as_grid, check_inputs, to_feature_grid, valid_mask
-from in2nect.loss import IntraClassLoss
+from in2nect.loss import In2NeCTLoss, IntraClassLoss
 
 PIXELS = 4096  # of an audit, at most
 
@@ -75,14 +75,26 @@ def audit_intra(
 
 
 @contextmanager
-def seen_by(loss: IntraClassLoss) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """A list to which each call of the loss adds its features and labels, detached, while the context is open."""
+def seen_by(criterion: In2NeCTLoss) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """A list to which each call of the losses adds the features that they compare, behind the projection where there is
+    one, and the labels; detached, while the context is open. No second projection, whose BatchNorm would take note."""
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = loss.register_forward_pre_hook(lambda _, given: seen.append((given[0].detach(), given[1])))
+
+    def note(_: nn.Module, given: tuple[Tensor, Tensor]) -> None:
+        seen.append((given[0].detach(), given[1]))
+
+    def note_projected(_: nn.Module, given: tuple[Tensor], result: Tensor) -> None:
+        features, labels = seen.pop()
+        seen.append((result.detach() if features.dim() == 4 else result.detach().flatten(1), labels))
+
+    handles = [criterion.register_forward_pre_hook(note)]
+    if criterion.projection is not None:
+        handles.append(criterion.projection.register_forward_hook(note_projected))
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def most_pixels(num_classes: int, pixels: int = PIXELS) -> int:

@@ -288,13 +288,13 @@ class SegmentationModule(lightning.LightningModule):
             )
 
     def _seen_by_an_audit(self) -> AbstractContextManager[Sequence[tuple[Tensor, Tensor]]]:
-        """Collects what the intra-class loss is given at every `intra_audit`-th step, once a step, on one process."""
+        """Collects what the losses compare at every `intra_audit`-th step, once a step, on one process."""
         every, step = self.tuning.intra_audit, self.global_step
         due = every and (step + 1) % every == 0 and step != self._audited_step
         if self.criterion is None or not due or not self.trainer.is_global_zero:
             return nullcontext(())
         self._audited_step = step  # accumulated batches are one step
-        return seen_by(self.criterion.intra)
+        return seen_by(self.criterion)
 
     def _audit(self, features: Tensor, labels: Tensor) -> None:
         assert self.criterion is not None

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 
-from in2nect import functional, reference, simplex_etf
+from in2nect import reference, simplex_etf
 from in2nect.data.classes import Classes
 from in2nect.loss import In2NeCTLoss, IntraClassLoss
 from in2nect.training import audit
@@ -143,15 +143,20 @@ def test_leaves_everything_alone(context: Any) -> None:
     assert features.grad is None
 
 
-def test_sees_what_lies_behind_a_projection() -> None:
-    criterion = In2NeCTLoss(3, 8, projection=5)
-    features, labels = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randint(0, 3, (2, 6, 6))
-    with seen_by(criterion.intra) as seen:
-        terms = criterion(features, labels)
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("projection", [None, 5])
+@pytest.mark.parametrize("estimator", ["moments", "sampled"])
+def test_sees_what_the_losses_compare(estimator: Any, projection: int | None, rows: bool) -> None:
+    criterion = In2NeCTLoss(3, 8, projection=projection, estimator=estimator)
+    shape, labels_shape = ((72, 8), (72,)) if rows else ((2, 8, 6, 6), (2, 6, 6))
+    features, labels = torch.randn(shape, requires_grad=True), torch.randint(0, 3, labels_shape)
+    with seen_by(criterion) as seen:
+        terms = criterion(features, labels, generator=torch.Generator().manual_seed(1))
     criterion(features, labels)
-    ((projected, given),) = seen
-    assert projected.shape == (2, 5, 6, 6) and not projected.requires_grad and given is labels
-    torch.testing.assert_close(functional.intra_class_loss(projected, labels, 3), terms.intra.detach())
+    ((found, given),) = seen
+    assert found.shape == (shape[0], projection or 8, *shape[2:]) and not found.requires_grad and given is labels
+    intra = criterion.intra(found, labels, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(intra, terms.intra.detach())
 
 
 class Kept(Logger):
