@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 # Threads of libgomp that wait spin for long by default, and with other processes about take a core from them.
@@ -38,6 +37,7 @@ except ImportError:
 
 import growth  # noqa: E402
 import output  # noqa: E402
+from arguments import positive  # noqa: E402
 from ceilings import Ceilings, measure  # noqa: E402
 from output import say  # noqa: E402
 from problems import DTYPES, ESTIMATORS, LAYOUTS, OPS, Problem, make_inputs  # noqa: E402
@@ -164,16 +164,16 @@ def _parser() -> argparse.ArgumentParser:
     size = parser.add_argument_group("at which size")
     size.add_argument(
         "--pixels",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="rows of the loss; images of 256 x 256 where they divide N, else one image (default: "
         f"{PIXELS_OF_PAIRS['cpu']} on cpu and {PIXELS_OF_PAIRS['cuda']} on cuda where every pair counts, "
         f"else {PIXELS['cpu']} and {PIXELS['cuda']})",
     )
-    size.add_argument("--dim", type=_positive, default=64, metavar="D", help="features a pixel (default: %(default)s)")
-    size.add_argument("--classes", type=_positive, default=7, metavar="K", help="long-tailed (default: %(default)s)")
+    size.add_argument("--dim", type=positive, default=64, metavar="D", help="features a pixel (default: %(default)s)")
+    size.add_argument("--classes", type=positive, default=7, metavar="K", help="long-tailed (default: %(default)s)")
     size.add_argument(
-        "--per-class", type=_positive, default=256, metavar="M", help="pixels drawn a class (default: %(default)s)"
+        "--per-class", type=positive, default=256, metavar="M", help="pixels drawn a class (default: %(default)s)"
     )
     size.add_argument(
         "--keys", type=int, default=0, metavar="M", help="of pair_logsumexp: anchors against M keys, not each other"
@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument(
         "--ratio",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="R",
         help="side of the labels over that of the features (default: %(default)s, where both resolutions are one)",
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of repeated runs a row, three runs at least (default: %(default)g)",
     )
     how.add_argument(
-        "--repeats", type=_positive, default=200, metavar="R", help="runs a row, at most (default: %(default)s)"
+        "--repeats", type=positive, default=200, metavar="R", help="runs a row, at most (default: %(default)s)"
     )
     how.add_argument(
         "--growth",
@@ -441,8 +441,7 @@ def _write_json(
     device: torch.device,
     seconds: float,
 ) -> None:
-    name = f"{date.today().isoformat()}-{output.slug(device)}-loss_throughput.json"
-    target = ROOT / "bench" / "results" / name if options.json == NO_NAME else Path(options.json)
+    target = output.result_path(device, "loss_throughput") if options.json == NO_NAME else Path(options.json)
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     given.pop("json")
     given["plot"] = given["trace"] = None  # where this run put them is nobody's business
@@ -472,16 +471,6 @@ def _list(names: Sequence[str]) -> Callable[[str], list[str]]:
         return found
 
     return read
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected a positive whole number")
-    return value
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,13 @@ def table_row(row: Row) -> str:
     """One line, or more where a reason is long."""
     name = row.name + (f" [{row.chunk}]" if row.chunk is not None else "")
     if row.times is None:
-        return _wrapped(name.ljust(_NAME), f"  {row.status}: {row.why}")
+        return wrapped(name.ljust(_NAME), f"  {row.status}: {row.why}")
     percent = row.percent_of_bound()
     cells = [
         *(_cell(getattr(row.times, name)) for name in ("forward", "backward", "both")),
-        "-" if row.extra_bytes is None else _digits(row.extra_bytes / 2**20),
-        _digits(percent.get("both", percent["forward"])),
-        "-" if row.ratio_to_best_peer is None else f"{_digits(row.ratio_to_best_peer)}x",
+        "-" if row.extra_bytes is None else digits(row.extra_bytes / 2**20),
+        digits(percent.get("both", percent["forward"])),
+        "-" if row.ratio_to_best_peer is None else f"{digits(row.ratio_to_best_peer)}x",
     ]
     errors = [error for error in (row.error.get("value"), row.error.get("gradient")) if error is not None]
     error = ("0" if max(errors) == 0 else f"{max(errors):.0e}") if errors else "-"
@@ -121,12 +121,12 @@ def table_foot(rows: Sequence[Row], missing: dict[str, str]) -> str:
     lines = []
     if timed is not None:
         parts = [
-            f"{name} {_digits(timed.bound_ms[name])} ms ({timed.limited_by[name]})"
+            f"{name} {digits(timed.bound_ms[name])} ms ({timed.limited_by[name]})"
             for name in ("forward", "backward")
             if timed.bound_ms[name] > 0
         ]
         lines.append("bound: " + ", ".join(parts))
-    lines += [_wrapped(f"no row for {name}:", f" {why}") for name, why in missing.items()]
+    lines += [wrapped(f"no row for {name}:", f" {why}") for name, why in missing.items()]
     return "\n".join(lines)
 
 
@@ -165,9 +165,27 @@ def growth_text(all_series: Sequence[Series]) -> str:
             ended = next((row for row in one.rows if row.times is None), None)
             if ended is not None:
                 start = f"{one.label} ends before {getattr(ended.problem, axis):,}:"
-                lines.append(_wrapped(start, f" {ended.why}"))
+                lines.append(wrapped(start, f" {ended.why}"))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def heading(tool: str, device: torch.device, arguments: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What the JSON of every script begins with."""
+    return {
+        "schema": 1,
+        "tool": tool,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(device),
+        "versions": versions(),
+        "arguments": arguments,
+        "seconds": round(seconds, 1),
+    }
+
+
+def result_path(device: torch.device, tool: str) -> Path:
+    """Where the JSON of a run goes that is given no name."""
+    return Path(__file__).resolve().parent / "results" / f"{date.today().isoformat()}-{slug(device)}-{tool}.json"
 
 
 def document(
@@ -188,15 +206,9 @@ def document(
             power: float | None = None if before is None else exponent(before, row, one.axis)
             growth.append({"axis": one.axis, "series": one.label, "exponent": power, **row.to_json()})
             before = row
-    return _finite(
+    return finite(
         {
-            "schema": 1,
-            "tool": "loss_throughput",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(device),
-            "versions": versions(),
-            "arguments": arguments,
-            "seconds": round(seconds, 1),
+            **heading("loss_throughput", device, arguments, seconds),
             "ceilings": {DTYPE_NAMES[dtype]: one.to_json() for dtype, one in ceilings.items()},
             "rows": [row.to_json() for row in rows],
             "no_row": missing,
@@ -265,8 +277,8 @@ def _bars(axes: Any, rows: list[Row]) -> None:
         axes.barh(position, forward, 0.66, color=_OURS if is_ours else _PEER)
         axes.barh(position, backward, 0.66, left=forward, color=_OURS_LIGHT if is_ours else _PEER_LIGHT)
         percent = row.percent_of_bound()
-        text = f" {_digits(row.times.total)} ms, at {_digits(percent.get('both', percent['forward']))} % of the bound"
-        text += "" if row.extra_bytes is None else f", {_digits(row.extra_bytes / 2**20)} MiB"
+        text = f" {digits(row.times.total)} ms, at {digits(percent.get('both', percent['forward']))} % of the bound"
+        text += "" if row.extra_bytes is None else f", {digits(row.extra_bytes / 2**20)} MiB"
         axes.text(row.times.total, position, text, va="center", fontsize=8)
     bound = rows[0].bound_ms["both"]
     axes.axvline(bound, color="black", linewidth=1, linestyle="--")
@@ -328,7 +340,7 @@ def _growth_cell(one: Series, row: Row | None) -> str:
         return "-"
     position = one.rows.index(row)
     power = exponent(one.rows[position - 1], row, one.axis) if position else None
-    return _digits(row.times.total) + (f" ({power:.1f})" if power is not None else "      ")
+    return digits(row.times.total) + (f" ({power:.1f})" if power is not None else "      ")
 
 
 def _timed(rows: Sequence[Row]) -> list[Row]:
@@ -336,10 +348,10 @@ def _timed(rows: Sequence[Row]) -> list[Row]:
 
 
 def _cell(spread: Any) -> str:
-    return "-" if spread is None else f"{_digits(spread.median)} ±{100 * spread.relative:3.0f} %"
+    return "-" if spread is None else f"{digits(spread.median)} ±{100 * spread.relative:3.0f} %"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
@@ -353,7 +365,7 @@ def _short(number: int) -> str:
     return f"{number:,}"
 
 
-def _wrapped(start: str, text: str) -> str:
+def wrapped(start: str, text: str) -> str:
     """A line of at most WIDTH characters, with what is left below, indented."""
     lines, line = [], start
     for word in text.split(" "):
@@ -365,12 +377,12 @@ def _wrapped(start: str, text: str) -> str:
     return "\n".join([*lines, line])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows neither infinity nor NaN."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

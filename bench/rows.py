@@ -210,15 +210,21 @@ def measure(
             if implementation.compiles:
                 torch.compiler.reset()  # sizes are compiled one by one, and torch gives up after eight
             _measure(row, ceilings, settings, answers)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        row.status, row.why = "out of memory", _reason(error)
     except Exception as error:
-        no_memory = "can't allocate memory" in str(error)  # what torch's CPU allocator says
-        row.status, row.why = "out of memory" if no_memory else "failed", _reason(error)
+        row.status, row.why = failure(error)
     gc.collect()
     if problem.device.type == "cuda":
         torch.cuda.empty_cache()
     return row
+
+
+def failure(error: Exception) -> tuple[str, str]:
+    """Status and reason of a row that raised this."""
+    no_memory = "can't allocate memory" in str(error)  # what torch's CPU allocator says
+    no_memory = no_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"[:500]
+    return "out of memory" if no_memory else "failed", why
 
 
 class Answers:
@@ -385,8 +391,3 @@ def _operators(problem: Problem) -> tuple[str, ...]:
     if problem.estimator == "sampled":
         return ("sample_pixels", "gather_rows", "pair_logsumexp")
     return ("class_moments",) if "class_moments" in backend.operators() else ("class_sums",)
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"[:500]

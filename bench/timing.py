@@ -103,6 +103,39 @@ def time_runs(
     return Times(spread(forwards), spread(backwards), spread([sum(t) for t in timed]), repeats)
 
 
+def time_in_turns(
+    tasks: Sequence[Callable[[], object]], device: torch.device, *, seconds: float, least: int, most: int
+) -> list[list[float]]:
+    """Milliseconds of each task in every round: all tasks, one after the other, and in the next round the other way
+    round, so that a machine that drifts slows all of them alike.
+
+    As many rounds as fit into ``seconds``, within ``least`` and ``most``. The caller has run the tasks before. On CUDA
+    nothing waits between tasks: each takes from one event of the stream to the next, which is what the host takes where
+    it is slower than the GPU.
+    """
+    was_collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    marks: list[list[Any]] = []
+    try:
+        before = time.perf_counter()
+        for task in tasks:
+            task()
+        _wait(device)
+        rounds = max(least, min(most, int(seconds / (time.perf_counter() - before))))
+        for number in range(rounds):
+            marks.append([_now(device)])
+            for task in tasks if number % 2 == 0 else reversed(tasks):
+                task()
+                marks[-1].append(_now(device))
+    finally:
+        if was_collecting:
+            gc.enable()
+    _wait(device)
+    times = [[_between(a, b) for a, b in itertools.pairwise(moments)] for moments in marks]
+    return [found if number % 2 == 0 else found[::-1] for number, found in enumerate(times)]
+
+
 def extra_memory(forward: Forward, backward: Backward, inputs: Inputs, device: torch.device) -> tuple[int | None, str]:
     """Bytes that a forward and backward hold at their peak beyond the inputs, the gradient among them; and how.
 
@@ -180,6 +213,24 @@ def _run_cuda(forward: Forward, backward: Backward, inputs: Inputs, mark: Any) -
     events[2].record()
     del outputs, gradients
     return events
+
+
+def _now(device: torch.device) -> Any:
+    """A moment on the device's clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _unmarked(direction: str) -> Any:

@@ -9,7 +9,8 @@ what an uninterrupted one would have drawn.
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from in2nect.data.classes import Classes
@@ -26,10 +28,13 @@ from in2nect.metrics import SegmentationMetrics, SegmentationScores
 from in2nect.models import SegmentationModel, TrainingOutput, create_model
 from in2nect.ops.backend import select
 from in2nect.prediction.scene import predict_raster
+from in2nect.training.audit import IntraAudit, audit_intra, most_pixels, seen_by
 from in2nect.training.losses import SegmentationLoss
 from in2nect.training.settings import LossSettings, OptimizerSettings, PredictionSettings, TuningSettings
 
 _PROGRESS_SECONDS = 5.0  # between two lines about a scene under prediction
+_GRADIENT_ERROR = 0.1  # of an audit, above which the user is warned: moments is at 0.004 where it is meant for
+_CHANGES_NO_WEIGHT = {"pretrained", "tuning.intra_audit"}  # settings that a resumed run may have its own of
 
 
 class SegmentationModule(lightning.LightningModule):
@@ -75,6 +80,8 @@ class SegmentationModule(lightning.LightningModule):
         self.compiled = compile
         self.prediction = PredictionSettings()
         self.scores: SegmentationScores | None = None
+        self._audited_step = -1
+        self._audit_warned = False
         self._predicted: set[Path] = set()
         self.save_hyperparameters(
             {
@@ -152,15 +159,16 @@ class SegmentationModule(lightning.LightningModule):
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sequence = np.random.SeedSequence((run_seed, self.current_epoch, batch_idx, self.global_rank))
+        sequence = np.random.SeedSequence((_run_seed(), self.current_epoch, batch_idx, self.global_rank))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         output = self._forward_training()(self.normalise(batch["image"]))
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self._seen_by_an_audit() as seen:
             total, terms = self._losses(output, batch["label"])
         self._check_finite(total, terms)
+        for features, labels in seen:
+            self._audit(features, labels)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=True)
         self.log("train/total", total.detach(), prog_bar=True)
         return total
@@ -223,7 +231,7 @@ class SegmentationModule(lightning.LightningModule):
         there, here = _flat(stored), _flat(self.hparams)
         differences = [
             f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-            for name in sorted({*there, *here} - {"pretrained"})
+            for name in sorted({*there, *here} - _CHANGES_NO_WEIGHT)
             if there.get(name) != here.get(name)
         ]
         if differences:
@@ -233,7 +241,8 @@ class SegmentationModule(lightning.LightningModule):
             )
 
     def _make_criterion(self) -> In2NeCTLoss:
-        options = {name: value for name, value in asdict(self.tuning).items() if name != "enabled"}
+        options = {name: value for name, value in asdict(self.tuning).items() if name not in ("enabled", "intra_audit")}
+        self._check_audit()
         width = self.model.representation.width
         return In2NeCTLoss(self.classes.num_classes, width, ignore_index=self.classes.ignore_index, **options)
 
@@ -267,6 +276,40 @@ class SegmentationModule(lightning.LightningModule):
             "Training is stopped; lower model.optimizer.lr, set trainer.gradient_clip_val, or train in a wider "
             "trainer.precision. The last checkpoint is from before."
         )
+
+    def _check_audit(self) -> None:
+        """Refuses an audit of sampled pixels in which every pixel would be sampled."""
+        drawn, tuning = most_pixels(self.classes.num_classes), self.tuning
+        if tuning.intra_audit and tuning.estimator == "sampled" and tuning.per_class >= drawn:
+            raise ValueError(
+                f"tuning.intra_audit compares {drawn} pixels of each of {self.classes.num_classes} classes, and with "
+                f"tuning.per_class at {tuning.per_class} the estimator sampled takes all of them: it would always find "
+                "no error. Lower per_class, or leave intra_audit at 0"
+            )
+
+    def _seen_by_an_audit(self) -> AbstractContextManager[Sequence[tuple[Tensor, Tensor]]]:
+        """Collects what the losses compare at every `intra_audit`-th step, once a step, on one process."""
+        every, step = self.tuning.intra_audit, self.global_step
+        due = every and (step + 1) % every == 0 and step != self._audited_step
+        if self.criterion is None or not due or not self.trainer.is_global_zero:
+            return nullcontext(())
+        self._audited_step = step  # accumulated batches are one step
+        return seen_by(self.criterion)
+
+    def _audit(self, features: Tensor, labels: Tensor) -> None:
+        assert self.criterion is not None
+        found = audit_intra(self.criterion.intra, features, labels, seed=(_run_seed(), self.global_step))
+        if found is None:
+            return
+        values = {"audit/intra_gradient_error": found.gradient_error, "audit/intra_bias": found.bias}
+        self.log_dict(values, on_step=True, on_epoch=False, logger=False, rank_zero_only=True)
+        for logger in self.loggers:  # at once: Lightning's own logging keeps every log_every_n_steps-th step alone
+            logger.log_metrics(values, step=self.global_step)
+        # The gradient of `sampled` is right on average alone: at a single pixel it is noise by design.
+        off = self.tuning.estimator == "moments" and found.gradient_error > _GRADIENT_ERROR
+        if off and not self._audit_warned:
+            self._audit_warned = True
+            rank_zero_warn(_audit_warning(found, self.global_step, self.tuning))
 
     def _log_scores(self, split: str) -> None:
         self.scores = self.metrics.compute()
@@ -326,6 +369,20 @@ def _check_backend(device: torch.device) -> None:
         select("class_sums", device)
     except RuntimeError as error:
         raise ValueError(f"IN2NECT_BACKEND={os.environ.get('IN2NECT_BACKEND')}: {error}") from error
+
+
+def _audit_warning(found: IntraAudit, step: int, tuning: TuningSettings) -> str:
+    mend = "try model.tuning.covariance=class, " if tuning.covariance == "pooled" else "try "
+    mend += f"a temperature above {tuning.temperature:g}, or model.tuning.estimator=exact or sampled"
+    return (
+        f"step {step}: the gradient of the intra-class loss is off by {found.gradient_error:.2f}, relative to the "
+        f"exact one on {found.pixels} pixels (audit/intra_gradient_error; more than {_GRADIENT_ERROR}). If it stays "
+        f"so, {mend}. Told once; later audits are only logged."
+    )
+
+
+def _run_seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def _meaning(classes: Classes) -> str:

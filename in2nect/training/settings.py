@@ -24,6 +24,12 @@ class TuningSettings:
             the representation itself.
         denominator: of the inter-class loss: vertices (Eq. 10, every class mean against all vertices) or means (Eq. 5
             as printed).
+        intra_audit: every so many steps, compare the estimator with the exact intra-class loss on up to 4,096 pixels
+            of the batch, and log audit/intra_gradient_error and audit/intra_bias. `moments` is warned of once above a
+            gradient error of 0.1; that of `sampled` is its noise. The training stays the same, bit for bit. 0: never.
+
+    Raises:
+        ValueError: an `intra_audit` that is negative, or that would compare the exact loss with itself.
     """
 
     enabled: bool = True
@@ -35,6 +41,19 @@ class TuningSettings:
     per_class: int = 256
     projection: int | None = None
     denominator: Literal["vertices", "means"] = "vertices"
+    intra_audit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.intra_audit < 0:
+            raise ValueError(
+                f"tuning.intra_audit is {self.intra_audit}; expected the number of steps between two audits, or 0 for "
+                "none"
+            )
+        if self.enabled and self.intra_audit and self.estimator == "exact":
+            raise ValueError(
+                f"tuning.intra_audit is {self.intra_audit} and tuning.estimator is exact: there is nothing to compare "
+                "the exact loss with. Leave intra_audit at 0, or train with the estimator moments or sampled"
+            )
 
 
 @dataclass(frozen=True)

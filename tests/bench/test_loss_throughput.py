@@ -18,7 +18,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-MODULES = ("problems", "ceilings", "timing", "peers", "rows", "growth", "output", "loss_throughput")
+MODULES = ("arguments", "problems", "ceilings", "timing", "peers", "rows", "growth", "output", "loss_throughput")
 NOTHING = {"seconds": 0.0, "repeats": 1, "least": 1, "memory": False}
 
 

@@ -197,6 +197,7 @@ def test_a_backend_that_cannot_run_here_is_told_before_training(
         (["fit", "--data.root=DATA", "--model.network=segnet"], "unknown model 'segnet'; expected one of"),
         (["fit", "--data.root=DATA", "--model.tuning.weigth=1"], "model.tuning.weigth"),
         (["fit", "--data.root=DATA", "--model.tuning.estimator=magic"], "magic"),
+        (["fit", "--data.root=DATA", "--model.tuning.intra_audit=-1"], "tuning.intra_audit is -1; expected"),
         (["fit", "--data.root=DATA", "--output=RUN"], "Resume that run with --ckpt_path last"),
         (["fit", "--config=missing.yaml"], "missing.yaml"),
         (["test", "--data.root=DATA"], "give --ckpt_path"),
@@ -243,6 +244,7 @@ def test_help_is_quick_and_says_what_every_field_is(capsys: pytest.CaptureFixtur
     text = " ".join(capsys.readouterr().out.split())
     for field in (
         "w of Eq. 7",
+        "audit/intra_gradient_error",
         "side of a training crop",
         "highest learning rate",
         "Folder of the run",
