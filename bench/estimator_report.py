@@ -43,10 +43,11 @@ def error_table(name: str, pixels: int, rows: Rows) -> str:
 
 def cost_table(cost: Rows, name: str) -> str:
     lines = [f"cost on {name}, tau = 1: forward and backward"]
-    lines.append("estimator".ljust(_NAME) + "ms".rjust(10) + "gradient error".rjust(18))
+    lines.append("estimator".ljust(_NAME) + "ms".rjust(10) + "gradient error".rjust(18) + "of class sums".rjust(18))
     for row in cost:
-        error = "0" if row["estimator"] == "exact" else digits(row["gradient_error"])
-        lines.append(row["estimator"].ljust(_NAME) + digits(row["milliseconds"]).rjust(10) + error.rjust(18))
+        errors = [row["gradient_error"], row["class_gradient_error"]]
+        cells = "".join(digits(error).rjust(18) for error in errors)
+        lines.append(row["estimator"].ljust(_NAME) + digits(row["milliseconds"]).rjust(10) + cells)
     for model in ("moments pooled", "exact"):
         m = equal_per_class(cost, model)
         if m is not None:
@@ -236,7 +237,7 @@ def _over_spread(axes: Any, rows: Rows, names: Sequence[str], style: dict[str, t
                 markersize=4,
                 linewidth=1.5,
             )
-    _finish(axes, "Well to badly collapsed, tau = 1 (dashed: after ReLU6)", "spread within the classes")
+    _finish(axes, "Well to badly collapsed, tau = 1; dashed: after ReLU6", "spread within the classes")
     ticks = sorted({row["spread"] for row in rows if row["spread"] is not None})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(lambda value, _: "")
@@ -266,7 +267,7 @@ def _over_temperature(
                 linestyle="none",
             )
     dashed = f"; dashed: {other}" if other != subject else ""
-    _finish(axes, f"{subject} (hollow: refused by the package{dashed})", "temperature tau")
+    _finish(axes, f"{subject}{dashed}; hollow: refused", "temperature tau")
     ticks = sorted({row["temperature"] for row in rows})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(lambda value, _: "")
@@ -291,19 +292,29 @@ def _over_features(axes: Any, rows: Rows, names: Sequence[str], style: dict[str,
 
 def _over_cost(axes: Any, cost: Rows, style: dict[str, tuple[str, str]], subject: str) -> None:
     sampled = [row for row in cost if row["per_class"] is not None and row["gradient_error"] > 1e-5]
-    axes.plot(
-        [row["milliseconds"] for row in sampled],
-        [row["gradient_error"] for row in sampled],
-        color=_SAMPLED_COLORS[1],
-        marker="o",
-        markersize=5,
-        linewidth=1.5,
-    )
+    for key, line in (("gradient_error", "-"), ("class_gradient_error", "--")):
+        axes.plot(
+            [row["milliseconds"] for row in sampled],
+            [row[key] for row in sampled],
+            color=_SAMPLED_COLORS[1],
+            linestyle=line,
+            marker="o",
+            markersize=5,
+            linewidth=1.5,
+        )
     points = [(row, f"m = {row['per_class']:,}", _SAMPLED_COLORS[2]) for row in sampled]
     for row in cost:
         if row["estimator"].startswith("moments"):
             color, marker = style[row["estimator"]]
             axes.plot(row["milliseconds"], row["gradient_error"], color=color, marker=marker, markersize=7)
+            axes.plot(
+                row["milliseconds"],
+                row["class_gradient_error"],
+                color=color,
+                marker=marker,
+                markersize=7,
+                markerfacecolor="white",
+            )
             points.append((row, row["estimator"], color))
     for row, text, color in points:
         place = (row["milliseconds"], row["gradient_error"])
@@ -311,7 +322,7 @@ def _over_cost(axes: Any, cost: Rows, style: dict[str, tuple[str, str]], subject
     exact = next(row for row in cost if row["estimator"] == "exact")
     axes.axvline(exact["milliseconds"], color=_COLORS["exact"], linestyle=":", linewidth=1.2)
     axes.set_yscale("log")
-    _finish(axes, f"Error over cost, tau = 1, {subject} (dotted: exact, no error)", "ms: forward and backward")
+    _finish(axes, f"{subject}, tau = 1; dashed and hollow: class sums; dotted: exact", "ms: forward and backward")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,g}" if str(value)[0] in "25" else "")

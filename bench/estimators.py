@@ -219,6 +219,11 @@ def anchor_mean(values: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.stack([one.mean() for one in _by_class(values, labels, classes) if len(one) >= 2]).sum()
 
 
+def class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """(K, d), summed in float64."""
+    return values.new_zeros(classes, values.shape[1], dtype=torch.float64).index_add(0, labels, values.double())
+
+
 def relative_norm(difference: Tensor, whole: Tensor) -> float:
     return float(torch.linalg.vector_norm(difference.double()) / torch.linalg.vector_norm(whole.double()))
 
