@@ -1,7 +1,7 @@
 """How far each estimator of the intra-class loss is from the exact one, in gradient and in loss, and what each costs.
 
-    python bench/estimator_error.py                                tables, checks, a picture; 6 minutes on two cores
-    python bench/estimator_error.py --no-trained --pixels 4096     without a training; half a minute
+    python bench/estimator_error.py                                tables, checks, a picture; 15 minutes on a core
+    python bench/estimator_error.py --no-trained --pixels 4096     without a training; 2 minutes
     python bench/estimator_error.py --images DIR --classes-file configs/classes/dubai.yaml --train-steps 240 --json
 
 It compares on synthetic features (well and badly collapsed, multimodal, few-dimensional, non-negative) and on those of
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu")
     versions = output.versions()
     say(f"{output.device_name(device)}: torch {versions['torch']}, in2nect {versions['in2nect']}")
-    sets, training = _feature_sets(options)
+    sets, training, parameters = _feature_sets(options)
     subject = next((one for one in reversed(sets) if one.family == "trained"), None) or _by_name(sets, "spread 1")
 
     cost = measure_cost(subject, options.sweep, options.draws, options.seconds)
@@ -117,7 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.no_picture:
         say(report.picture(options.picture, rows, cost, subject.name) or f"picture: {options.picture}")
     if options.json is not None:
-        results = {"cost": cost, "rows": rows, "checks": checks, "training": training, **experiments}
+        results = {
+            "cost": cost,
+            "rows": rows,
+            "checks": checks,
+            "training": training,
+            "parameters": parameters,
+            **experiments,
+        }
         _write_json(options, device, seconds, results)
     say(f"{seconds:.0f} s in all")
     return int(not all(check["passed"] for check in checks))
@@ -304,11 +311,12 @@ def _delta_intra(features: FeatureSet) -> float:
     return float(reference.collapse_degrees(features.features, y, features.classes)[1])
 
 
-def _feature_sets(options: argparse.Namespace) -> tuple[list[FeatureSet], dict[str, Any] | None]:
+def _feature_sets(options: argparse.Namespace) -> tuple[list[FeatureSet], dict[str, Any] | None, list[dict[str, Any]]]:
+    """All of them; and of the training what is known of it, and the errors in its parameters' gradient."""
     dtype = DTYPES[options.dtype]
     sets = synthetic_sets(options.pixels, options.dim, options.classes, options.seed, dtype)
     if options.no_trained:
-        return sets, None
+        return sets, None, []
     name = "synthetic" if options.images is None else options.images.resolve().name
     settings = TrainingSettings(images=name, steps=options.train_steps, seed=options.seed)
     try:
@@ -321,7 +329,7 @@ def _feature_sets(options: argparse.Namespace) -> tuple[list[FeatureSet], dict[s
         )
     except ImportError as error:
         say(f"no trained features: {error}; pip install 'in2nect[train]', or --no-trained")
-        return sets, None
+        return sets, None, []
     classes = len(trained.about["classes"])
     for one in trained.snapshots:
         rows, y = subsample(one.features, one.labels, options.pixels, options.seed)
@@ -331,7 +339,8 @@ def _feature_sets(options: argparse.Namespace) -> tuple[list[FeatureSet], dict[s
         f"UNetFormer after {about['steps']} steps on {about['training_images']} images ({name}), "
         f"{about['training_seconds']:.0f} s: mIoU {about['test_mean_iou']:.1f} %\n"
     )
-    return sets, about
+    say(report.parameters_table(trained.parameters) + "\n")
+    return sets, about, trained.parameters
 
 
 def _experimental(sets: Sequence[FeatureSet], subject: FeatureSet) -> list[FeatureSet]:
@@ -402,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
         "--experiments",
         action="store_true",
         help="two ideas that the package does not have: a sampled remainder of moments, and the delta method against "
-        "the bias of the logarithm of sampled; ten minutes more",
+        "the bias of the logarithm of sampled; five minutes more",
     )
     of_features = parser.add_argument_group("on which features")
     of_features.add_argument(

@@ -56,6 +56,18 @@ def cost_table(cost: Rows, name: str) -> str:
     return "\n".join(lines)
 
 
+def parameters_table(rows: Rows) -> str:
+    """What is left of the error once the network has taken it to its parameters."""
+    lines = [f"after the last step, on all {rows[0]['pixels']:,} pixels of a batch: relative error of the gradient"]
+    heads = "".join(head.rjust(14) for head in ("pixels", "class sums", "parameters"))
+    lines.append("estimator".ljust(_NAME) + "tau".rjust(8) + heads)
+    for row in rows:
+        errors = [row[key] for key in ("gradient_error", "class_gradient_error", "parameter_error")]
+        cells = "".join(digits(error).rjust(14) for error in errors)
+        lines.append(row["estimator"].ljust(_NAME) + f"{row['temperature']:g}".rjust(8) + cells)
+    return "\n".join(lines)
+
+
 def equal_per_class(cost: Rows, model: str) -> int | None:
     """The m of `sampled` whose cost is nearest to that of ``model``, as a ratio."""
     target = next((row["milliseconds"] for row in cost if row["estimator"] == model), None)

@@ -170,10 +170,11 @@ def test_features_cache(bench, tmp_path) -> None:
     settings = module.TrainingSettings(images="fields", steps=4)
     snapshots = [module.Snapshot(step, torch.randn(6, 3), torch.arange(6) % 2) for step in (0, 4)]
     cache = tmp_path / "features.npz"
-    module._write(cache, settings, module.TrainedFeatures(snapshots, {"classes": ["a", "b"]}))
+    module._write(cache, settings, module.TrainedFeatures(snapshots, {"classes": ["a", "b"]}, [{"draws": 2}]))
     arguments = {"folder": None, "classes": None, "scratch": tmp_path, "cache": cache}
     found = module.trained_features(settings, **arguments)
-    assert found.about == {"classes": ["a", "b"]} and [one.step for one in found.snapshots] == [0, 4]
+    assert found.about == {"classes": ["a", "b"]} and found.parameters == [{"draws": 2}]
+    assert [one.step for one in found.snapshots] == [0, 4]
     assert torch.equal(found.snapshots[1].features, snapshots[1].features)
     assert torch.equal(found.snapshots[0].labels, snapshots[0].labels)
     with pytest.raises(ValueError, match=r"(?s)'steps': 4.*asked for are.*'steps': 8"):
@@ -195,6 +196,10 @@ def test_features_of_a_training(bench, tmp_path, monkeypatch) -> None:
         assert one.features.shape[0] == len(one.labels) <= 2 * 32 * 32 and one.features.min() >= 0
         assert torch.equal(one.labels, found.snapshots[0].labels) and int(one.labels.max()) < 7
     assert not torch.equal(found.snapshots[0].features, found.snapshots[2].features)
+    assert {row["estimator"] for row in found.parameters} >= {"moments pooled", "sampled 64", "everything sampled 64"}
+    for row in found.parameters:
+        assert 0 < row["parameter_error"] < 2 * row["gradient_error"]  # the network's map is no amplifier of errors
+    assert "parameters" in bench.estimator_report.parameters_table(found.parameters)
 
 
 @pytest.mark.parametrize(
