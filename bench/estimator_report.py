@@ -134,7 +134,7 @@ def picture(target: Path, rows: Rows, cost: Rows, subject: str) -> str | None:
 
     names = _ordered(row["estimator"] for row in rows)
     style = _styles(names)
-    figure = Figure(figsize=(12.0, 9.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11.6, 9.2), dpi=90, layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.08))
     _over_spread(figure.add_subplot(grid[0, 0]), rows, names, style)
     _over_temperature(figure.add_subplot(grid[0, 1]), rows, names, style, subject)
@@ -314,11 +314,10 @@ def _over_cost(axes: Any, cost: Rows, style: dict[str, tuple[str, str]], subject
             markersize=5,
             linewidth=1.5,
         )
-    points = [(row, f"m = {row['per_class']:,}", _SAMPLED_COLORS[2]) for row in sampled]
     for row in cost:
         if row["estimator"].startswith("moments"):
             color, marker = style[row["estimator"]]
-            axes.plot(row["milliseconds"], row["gradient_error"], color=color, marker=marker, markersize=7)
+            axes.plot(row["milliseconds"], row["gradient_error"], color=color, marker=marker, markersize=7, zorder=3)
             axes.plot(
                 row["milliseconds"],
                 row["class_gradient_error"],
@@ -327,14 +326,20 @@ def _over_cost(axes: Any, cost: Rows, style: dict[str, tuple[str, str]], subject
                 markersize=7,
                 markerfacecolor="white",
             )
-            points.append((row, row["estimator"], color))
-    for row, text, color in points:
-        place = (row["milliseconds"], row["gradient_error"])
-        axes.annotate(text, place, textcoords="offset points", xytext=(7, 4), fontsize=8.5, color=color)
+    for row in sampled:
+        axes.annotate(
+            f"m = {row['per_class']:,}",
+            (row["milliseconds"], row["gradient_error"]),
+            textcoords="offset points",
+            xytext=(7, 4),
+            fontsize=8.5,
+            color=_SAMPLED_COLORS[2],
+        )
     exact = next(row for row in cost if row["estimator"] == "exact")
     axes.axvline(exact["milliseconds"], color=_COLORS["exact"], linestyle=":", linewidth=1.2)
+    axes.text(exact["milliseconds"], 0.02, " exact", transform=axes.get_xaxis_transform(), fontsize=8.5)
     axes.set_yscale("log")
-    _finish(axes, f"{subject}, tau = 1; dashed and hollow: class sums; dotted: exact", "ms: forward and backward")
+    _finish(axes, f"{subject}, tau = 1; dashed, hollow: class sums", "ms: forward and backward")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,g}" if str(value)[0] in "25" else "")
