@@ -14,8 +14,8 @@ class TuningSettings:
         enabled: False trains with the segmentation loss alone: the plain arm of a comparison.
         weight: w of Eq. 7, on both losses.
         estimator: how the intra-class loss is computed: moments (no pairs, no sampling), exact (every pair), sampled.
-        covariance: for `moments`, one covariance for all classes (pooled) or one a class; class is the better one
-            below a temperature of 0.5.
+        covariance: for `moments`, one covariance for all classes (pooled), or one a class, at three times the cost: it
+            is allowed at lower temperatures, and better where classes are Gaussian (docs/estimators.md).
         resolution: on which grid pixels are counted: label (the paper's: features are interpolated) or feature
             (labels are picked).
         temperature: divides the cosines of the intra-class loss.
