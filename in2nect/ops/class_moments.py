@@ -104,7 +104,8 @@ class _Classes(NamedTuple):
         which ``u_i = c_k``.
         """
         single = self.centres * (self.weights - self.anchors)[:, None]
-        return (second - self.centres.T @ self.centres) / self.number, second - single.T @ self.centres
+        of_anchors = torch.where((self.anchors > 0).any(), second - single.T @ self.centres, 0.0)  # 0 but for rounding
+        return (second - self.centres.T @ self.centres) / self.number, of_anchors
 
     def covariances(self, second: Tensor) -> Tensor:
         """Sigma_k (K, d, d) from the classes' mean squares."""
