@@ -696,6 +696,140 @@ TABLE["class_sums_backward_cells_curved"] = (
     ),
 )
 
+# class_moments. The registers are the compiler's at d = 64, K = 7; no entry is timed.
+TABLE["class_moments_grams"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 64, "BLOCK_D": 32},
+        warps=4,
+        stages=1,
+        reason="16 numbers a thread of a cell and of each neighbour, which come out of the cache",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 16},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_forms"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 64, "BLOCK_D": 64},
+        warps=4,
+        stages=1,
+        reason="32 numbers a thread of M z, and of a neighbour; rows of 64 take one product",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 16},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_gather"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 128, "NUMBERS": 8},
+        warps=4,
+        stages=1,
+        reason="one cell a thread of up to 8 classes: nothing is exchanged; NUMBERS a thread of each array of classes "
+        "and cells, half as many with a covariance a class",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 64, "NUMBERS": 4},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_linear"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 64, "BLOCK_D": 64, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="32 numbers a thread of the rows, up to 32 of the sums; four programs hide the loads",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_quadratic"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 64, "PROGRAMS": 2},
+        warps=4,
+        stages=1,
+        reason="32 numbers a thread of the sums, 16 of the rows and of the neighbours",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 16, "BLOCK_D": 32, "PROGRAMS": 2},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_gradient"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 64, "BLOCK_D": 64, "BLOCK_R": 32},
+        warps=4,
+        stages=1,
+        reason="32 numbers a thread of the gradient, of the neighbours' sum and of a neighbour",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_R": 16},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_add"] = (
+    Entry(
+        EVERY,
+        ("float32", "float64"),
+        1024,
+        {"BLOCK_S": 128, "BLOCK_E": 16},
+        warps=4,
+        stages=1,
+        reason="nothing but latency, as class_sums_add",
+    ),
+)
+
 # gather_rows: a few thousand rows, all latency; small programs spread them over the multiprocessors.
 TABLE["gather_rows_forward"] = (
     Entry(

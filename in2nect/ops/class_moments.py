@@ -370,3 +370,10 @@ def _exponents(rows: Tensor, centres: Tensor, curvatures: Tensor | None, present
     if curvatures is not None:
         exponents = exponents + torch.stack([((rows @ curvature) * rows).sum(1) for curvature in curvatures], 1)
     return exponents.masked_fill(~present, torch.finfo(rows.dtype).min)
+
+
+_triton: Any = kernel("class_moments", "class_moments")
+_triton.checks_labels = "cuda"  # by assertions on the device
+implementation("class_moments", "triton")(_triton)
+for _name in ("class_moments_mixtures", "class_moments_backward"):
+    implementation(_name, "triton")(kernel("class_moments", _name))
