@@ -43,6 +43,7 @@ from in2nect.kernels.class_sums import (
     _counts,
     _is_wide,
     _Partial,
+    _minus_one_hot_times,
     _Place,
     _times,
 )
@@ -52,6 +53,8 @@ from in2nect.kernels.launch import choose, input_precision, launch, next_power_o
 from in2nect.kernels.table import Entry
 
 WORKSPACE = 32 * 2**20  # bytes of numbers between the steps; but one image's at least
+SAME_GRID_DIM = 128  # channels of a tile, which holds whole rows
+SAME_GRID_CLASSES = 64  # of such a tile
 PAIRS = 5  # numbers a cell and matrix: with itself, right, lower left, lower and lower right neighbour
 MOST_ROWS = 64  # vectors of a tile of a product
 MOMENTS, MIXTURES, BACKWARD = (tl.constexpr(i) for i in range(3))  # what a gather is for
@@ -75,6 +78,8 @@ def class_moments(
         return counts.zero_(), raw, unit, unit.new_zeros(num_classes), second
     _count(classes, counts)
     shares = torch.where(counts > 0, 1.0 / counts.clamp(min=1).to(dtype), 0.0)
+    if _whole_rows(features, classes) and not by_class:
+        return counts, *_same_grid_moments(features, classes, shares, sums)
     matrices = num_classes if by_class else 1
     cells = _Cells.of(features, classes, numbers=PAIRS, weights=(1 + sums) * num_classes + PAIRS * matrices)
     linear = torch.zeros((cells.slots, (1 + sums) * num_classes, dim), dtype=dtype, device=device)
@@ -112,6 +117,9 @@ def class_moments_mixtures(
     if labels.numel() == 0 or features.numel() == 0:
         return centres.new_zeros(()), mixed.zero_(), second.zero_()
     classes = _Classes(labels.contiguous(), num_classes, ignore_index)
+    if _whole_rows(features, classes) and not by_class:
+        log_d = _same_grid_mixtures(features, classes, centres.contiguous(), _floors(present, centres), anchors, mixed)
+        return log_d, mixed, second
     forms = PAIRS * num_classes if by_class else 0
     cells = _Cells.of(features, classes, numbers=PAIRS + num_classes + forms, weights=num_classes + forms)
     linear = torch.zeros((cells.slots, num_classes, dim), dtype=centres.dtype, device=centres.device)
@@ -157,6 +165,11 @@ def class_moments_backward(
     num_classes, raw, by_class = centres.shape[0], grad_sums is not None, curvatures is not None
     classes = _Classes(labels.contiguous(), num_classes, ignore_index)
     to = _Place(*pixel_strides(gradient))
+    if _whole_rows(features, classes) and not by_class:
+        per_class = _floors(present, centres), anchors, scales, own
+        vectors = centres.contiguous(), constant.contiguous(), grad_sums
+        _same_grid_backward(features, classes, vectors, matrices.contiguous(), per_class, to)
+        return gradient if to.features is gradient else gradient.copy_(to.features)
     upstream = torch.cat([centres, constant] if grad_sums is None else [centres, constant, grad_sums])
     bends = matrices.contiguous() if curvatures is None else torch.cat([matrices, curvatures])
     forms = PAIRS * len(bends)
@@ -181,6 +194,99 @@ def class_moments_backward(
         )
         part.gradient(upstream, bends, to)
     return gradient if to.features is gradient else gradient.copy_(to.features)
+
+
+def _whole_rows(features: Tensor, classes: _Classes) -> bool:
+    """Whether a tile holds whole rows of features on their labels' grid."""
+    same = features.shape[2:] == classes.labels.shape[1:]
+    return same and features.shape[1] <= SAME_GRID_DIM and classes.num_classes <= SAME_GRID_CLASSES
+
+
+class _Tiles(NamedTuple):
+    """Tiles of whole rows on the labels' grid, how they are launched, and how many programs share them."""
+
+    at: _Place
+    entry: Entry
+    images: int
+    pixels: int
+    blocks: dict[str, int]
+    slots: int
+
+    @classmethod
+    def of(cls, kernel: str, features: Tensor, classes: _Classes, to: _Place | None = None) -> _Tiles:
+        batch, dim, h, w = features.shape
+        at = _Place(*pixel_strides(features))
+        one_walk = at.is_one_walk and (to is None or to.is_one_walk)
+        images, pixels = (1, batch * h * w) if one_walk else (batch, h * w)
+        entry = choose(kernel, features.device, features.dtype, dim)
+        block_d, block_k = next_power_of_2(dim), next_power_of_2(classes.num_classes)
+        blocks = {"BLOCK_K": block_k, "BLOCK_P": entry.blocks["BLOCK_P"], "BLOCK_D": block_d}
+        tiles = images * triton.cdiv(pixels, blocks["BLOCK_P"])
+        slots = min(tiles, entry.blocks.get("PROGRAMS", tiles) * processors(features.device))
+        return cls(at, entry, images, pixels, blocks, slots)
+
+    def launch(self, kernel: object, *arguments: object, **constants: object) -> None:
+        constants |= {"PRECISION": input_precision(_accumulator(self.at.features)), **self.blocks}
+        launch(kernel, (self.slots,), *arguments, **constants, warps=self.entry.warps, stages=self.entry.stages)
+
+
+def _same_grid_moments(
+    features: Tensor, classes: _Classes, shares: Tensor, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Raw sums, unit sums, squares and second moments, in one pass."""
+    tiles = _Tiles.of("class_moments_same_grid", features, classes)
+    dim, number, slots = features.shape[1], classes.num_classes, tiles.slots
+    linear = shares.new_empty((slots, (1 + sums) * number, dim))
+    squares = shares.new_empty((slots, number))
+    second = shares.new_empty((slots, dim, dim))
+    tiles.launch(
+        class_moments_same_grid,
+        *(tiles.at.features, classes.labels, shares, linear, squares, second),
+        *(tiles.images, tiles.pixels, dim, *classes[1:], *tiles.at.strides),
+        RAW=sums,
+    )
+    both, squared, moments = (torch.empty_like(partial[0]) for partial in (linear, squares, second))
+    _add_up(linear, both)
+    _add_up(squares, squared)
+    _add_up(second, moments, transposed=True)
+    return both[number:], both[:number], squared, moments
+
+
+def _same_grid_mixtures(
+    features: Tensor, classes: _Classes, centres: Tensor, floors: Tensor, anchors: Tensor, mixed: Tensor
+) -> Tensor:
+    """The loss; the mixed rows into mixed."""
+    tiles = _Tiles.of("class_moments_same_grid_mixtures", features, classes)
+    linear, losses = centres.new_empty((tiles.slots, *centres.shape)), centres.new_empty((tiles.slots, 1))
+    tiles.launch(
+        class_moments_same_grid_mixtures,
+        *(tiles.at.features, classes.labels, centres, floors, anchors, linear, losses),
+        *(tiles.images, tiles.pixels, features.shape[1], *classes[1:], *tiles.at.strides),
+    )
+    log_d = torch.empty_like(losses[0])
+    _add_up(linear, mixed)
+    _add_up(losses, log_d)
+    return log_d[0]
+
+
+def _same_grid_backward(
+    features: Tensor,
+    classes: _Classes,
+    vectors: tuple[Tensor, Tensor, Tensor | None],
+    matrix: Tensor,
+    per_class: tuple[Tensor, Tensor, Tensor, Tensor],
+    to: _Place,
+) -> None:
+    tiles = _Tiles.of("class_moments_same_grid_backward", features, classes, to)
+    centres, constant, grad_sums = vectors
+    tiles.launch(
+        class_moments_same_grid_backward,
+        *(tiles.at.features, classes.labels, centres, constant, constant if grad_sums is None else grad_sums),
+        *(matrix, *per_class, to.features, tiles.images, tiles.pixels, features.shape[1], *classes[1:]),
+        *(*tiles.at.strides, *to.strides),
+        BLOCK_J=min(tiles.blocks["BLOCK_D"], tiles.entry.blocks["BLOCK_J"]),
+        RAW=grad_sums is not None,
+    )
 
 
 class _Cells(NamedTuple):
@@ -437,6 +543,189 @@ def _add_up(partial: Tensor, total: Tensor, *, transposed: bool = False) -> None
 
 
 @triton.jit
+def class_moments_same_grid(
+    features,
+    labels,
+    shares,
+    linear,
+    squares,
+    second,
+    images,
+    pixels,
+    d,
+    num_classes,
+    ignore_index,
+    stride_image,
+    stride_channel,
+    stride_pixel,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """linear[slot] = sums of unit rows, RAW: then of raw rows; squares[slot] = sums of |u|^2; second[slot] = half the
+    sum of shares_y u u^T, over every slots-th tile of pixels."""
+    ACC: tl.constexpr = linear.dtype.element_ty
+    slot = tl.program_id(0)
+    classes = tl.arange(0, BLOCK_K)
+    wanted = wanted_labels(classes, num_classes, ignore_index)
+    channel = tl.arange(0, BLOCK_D)
+    in_row = (channel < d)[None, :]
+    columns = (channel.to(tl.int64) * stride_channel)[None, :]
+    per_image = tl.cdiv(pixels, BLOCK_P)
+    unit = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    raw = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    moments = tl.zeros((BLOCK_D, BLOCK_D), ACC)
+    squared = tl.zeros((BLOCK_K, BLOCK_P), ACC)
+    for tile in range(slot, images * per_image, tl.num_programs(0)):
+        image, p, y, valid = _tile(tile, per_image, pixels, labels, num_classes, ignore_index, BLOCK_P)
+        place = features + image * stride_image + (p * stride_pixel)[:, None] + columns
+        z = tl.load(place, mask=valid[:, None] & in_row, other=0.0)  # [BLOCK_P, BLOCK_D]
+        wide = z.to(ACC)
+        square = tl.sum(wide * wide, 1)
+        alpha = inverse_norm(square)
+        hit = y[None, :] == wanted[:, None]  # [BLOCK_K, BLOCK_P]
+        unit -= _times(tl.where(hit, -alpha[None, :], 0.0), z, PRECISION, ACC)
+        if RAW:
+            raw -= _minus_one_hot_times(hit, z, "ieee" if z.dtype.primitive_bitwidth == 16 else PRECISION, ACC)
+        squared += tl.where(hit, (square * alpha * alpha)[None, :], 0.0)
+        scale = -0.5 * tl.load(shares + y, mask=valid, other=0.0) * alpha * alpha
+        moments -= _times(tl.trans(wide * scale[:, None]), z, PRECISION, ACC)
+    there = (classes < num_classes)[:, None] & in_row
+    rows = (1 + RAW) * num_classes
+    place = linear + (slot.to(tl.int64) * rows + classes)[:, None] * d + channel[None, :]
+    tl.store(place, unit, mask=there)
+    if RAW:
+        tl.store(place + num_classes * d, raw, mask=there)
+    tl.store(squares + slot * num_classes + classes, tl.sum(squared, 1), mask=classes < num_classes)
+    place = second + (slot.to(tl.int64) * d + channel)[:, None] * d + channel[None, :]
+    tl.store(place, moments, mask=(channel < d)[:, None] & in_row)
+
+
+@triton.jit
+def class_moments_same_grid_mixtures(
+    features,
+    labels,
+    centres,
+    floors,
+    anchors,
+    linear,
+    losses,
+    images,
+    pixels,
+    d,
+    num_classes,
+    ignore_index,
+    stride_image,
+    stride_channel,
+    stride_pixel,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """linear[slot, k] = sum a p_k u, losses[slot] = sum a LSE, over every slots-th tile of pixels."""
+    ACC: tl.constexpr = linear.dtype.element_ty
+    slot = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    channel = tl.arange(0, BLOCK_D)
+    in_row = (channel < d)[None, :]
+    columns = (channel.to(tl.int64) * stride_channel)[None, :]
+    per_image = tl.cdiv(pixels, BLOCK_P)
+    there = (k < num_classes)[:, None] & in_row
+    centre = tl.load(centres + k[:, None] * d + channel[None, :], mask=there, other=0.0)  # [BLOCK_K, BLOCK_D]
+    floor = tl.load(floors + k, mask=k < num_classes, other=float("-inf"))
+    total = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    loss = tl.zeros((BLOCK_P,), ACC)
+    for tile in range(slot, images * per_image, tl.num_programs(0)):
+        image, p, y, valid = _tile(tile, per_image, pixels, labels, num_classes, ignore_index, BLOCK_P)
+        place = features + image * stride_image + (p * stride_pixel)[:, None] + columns
+        z = tl.load(place, mask=valid[:, None] & in_row, other=0.0)  # [BLOCK_P, BLOCK_D]
+        wide = z.to(ACC)
+        alpha = inverse_norm(tl.sum(wide * wide, 1))
+        anchor = tl.load(anchors + y, mask=valid, other=0.0)
+        exponent = _times(centre, tl.trans(z), PRECISION, ACC) * alpha[None, :]  # [BLOCK_K, BLOCK_P]
+        shares, lse = _softmax(exponent, floor, valid)
+        loss += tl.where(anchor > 0, anchor * lse, 0.0)
+        total -= _times(shares * (-anchor * alpha)[None, :], z, PRECISION, ACC)
+    place = linear + (slot.to(tl.int64) * num_classes + k)[:, None] * d + channel[None, :]
+    tl.store(place, total, mask=there)
+    tl.store(losses + slot, tl.sum(loss, 0))
+
+
+@triton.jit
+def class_moments_same_grid_backward(
+    features,
+    labels,
+    centres,
+    constant,
+    grad_sums,
+    matrix,
+    floors,
+    anchors,
+    scales,
+    own,
+    gradient,
+    images,
+    pixels,
+    d,
+    num_classes,
+    ignore_index,
+    stride_image,
+    stride_channel,
+    stride_pixel,
+    grad_image,
+    grad_channel,
+    grad_pixel,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dz = alpha (du - (du . u) u), du = sum_k a p_k centres_k + scales_y M u + constant_y + own_y u; RAW: and
+    grad_sums_y. A tile of pixels a program."""
+    ACC: tl.constexpr = centres.dtype.element_ty
+    k = tl.arange(0, BLOCK_K)
+    channel = tl.arange(0, BLOCK_D)
+    in_row = (channel < d)[:, None]
+    per_image = tl.cdiv(pixels, BLOCK_P)
+    image, p, y, valid = _tile(tl.program_id(0), per_image, pixels, labels, num_classes, ignore_index, BLOCK_P)
+    there = valid[None, :] & in_row
+    base = features + image * stride_image + (p * stride_pixel)[None, :]
+    z = tl.load(base + (channel.to(tl.int64) * stride_channel)[:, None], mask=there, other=0.0)  # [BLOCK_D, BLOCK_P]
+    wide = z.to(ACC)
+    square = tl.sum(wide * wide, 0)
+    alpha = tl.where(square <= ZERO_ROW_SQUARE, 0.0, inverse_norm(square))
+    centre = tl.load(
+        centres + k[:, None] * d + channel[None, :], mask=(k < num_classes)[:, None] & (channel < d)[None, :], other=0.0
+    )  # [BLOCK_K, BLOCK_D]
+    floor = tl.load(floors + k, mask=k < num_classes, other=float("-inf"))
+    shares, _lse = _softmax(_times(centre, z, PRECISION, ACC) * alpha[None, :], floor, valid)  # [BLOCK_K, BLOCK_P]
+    pull = shares * tl.load(anchors + y, mask=valid, other=0.0)[None, :]
+    bent = tl.zeros((BLOCK_D, BLOCK_P), ACC)
+    for start in range(0, d, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        part = tl.load(
+            base + (j.to(tl.int64) * stride_channel)[:, None], mask=valid[None, :] & (j < d)[:, None], other=0.0
+        )
+        bent += _times(_matrix(matrix, channel, j, d), part, PRECISION, ACC)
+    scale = tl.load(scales + y, mask=valid, other=0.0) * alpha
+    du = bent * scale[None, :] + wide * (tl.load(own + y, mask=valid, other=0.0) * alpha)[None, :]
+    du += tl.dot(tl.trans(centre), pull, input_precision=PRECISION, out_dtype=ACC)
+    of_class = y[None, :] * d + channel[:, None]
+    du += tl.load(constant + of_class, mask=there, other=0.0)
+    along = tl.sum(du * wide, 0) * alpha
+    dz = alpha[None, :] * (du - wide * (along * alpha)[None, :])
+    if RAW:
+        dz += tl.load(grad_sums + of_class, mask=there, other=0.0)
+    offset = image * grad_image + (channel.to(tl.int64) * grad_channel)[:, None] + (p * grad_pixel)[None, :]
+    tl.store(gradient + offset, dz.to(gradient.dtype.element_ty), mask=in_row & (p < pixels)[None, :])
+
+
+@triton.jit
 def class_moments_grams(
     features,
     vectors,
@@ -480,12 +769,12 @@ def class_moments_grams(
             )
             dots -= _times(-v, z, PRECISION, ACC)
         if tl.program_id(1) == 0:
-            z = z.to(ACC)
-            g0 += tl.sum(z * z, 0)
-            g1 += tl.sum(z * _rows(base, cell + 1, right, in_row, stride_pixel).to(ACC), 0)
-            g2 += tl.sum(z * _rows(base, cell + w - 1, left & down, in_row, stride_pixel).to(ACC), 0)
-            g3 += tl.sum(z * _rows(base, cell + w, down, in_row, stride_pixel).to(ACC), 0)
-            g4 += tl.sum(z * _rows(base, cell + w + 1, right & down, in_row, stride_pixel).to(ACC), 0)
+            own = z.to(ACC)
+            g0 += tl.sum(own * own, 0)
+            g1 += tl.sum(own * _rows(base, cell + 1, right, in_row, stride_pixel).to(ACC), 0)
+            g2 += tl.sum(own * _rows(base, cell + w - 1, left & down, in_row, stride_pixel).to(ACC), 0)
+            g3 += tl.sum(own * _rows(base, cell + w, down, in_row, stride_pixel).to(ACC), 0)
+            g4 += tl.sum(own * _rows(base, cell + w + 1, right & down, in_row, stride_pixel).to(ACC), 0)
     plane = images.to(tl.int64) * pixels
     place = numbers + image * pixels + cell
     if tl.program_id(1) == 0:
@@ -585,9 +874,10 @@ def class_moments_gather(
                    M of v = scales_y alpha^2, BY_CLASS: of v = [y = k] scales_y alpha^2, and v = 2 p_k a alpha^2
 
     The pixels between the cell and its neighbours towards one corner at a time: what these four cells have is loaded
-    once for all of them. BY_CLASS has too much to hold, and loads it for each pixel, from the cache.
+    once for all of them. BY_CLASS has too much to hold, and loads it for each pixel, from the cache; so does float64.
     """
     ACC: tl.constexpr = numbers.dtype.element_ty
+    HOLD: tl.constexpr = ACC == tl.float32
     pixels = h * w
     per_image = tl.cdiv(pixels, BLOCK_P)
     plane = images.to(tl.int64) * pixels
@@ -649,15 +939,16 @@ def class_moments_gather(
             there = there_y & there_x
             across, along = cell + step_x, cell + step_y * w
             diagonal = along + step_x
-            g00, g11, g22, g33, g01, g23, g02, g13, g03, g12 = _products(
-                numbers + here, plane, cell, across, along, diagonal, inside, there_x, there_y, there, same
-            )
+            if HOLD:
+                g00, g11, g22, g33, g01, g23, g02, g13, g03, g12 = _products(
+                    numbers + here, plane, cell, across, along, diagonal, inside, there_x, there_y, there, same
+                )
             if KIND > 0:
                 l0 = tl.load(logits + here + cell, mask=known & inside, other=0.0)  # [BLOCK_K, BLOCK_P]
                 l1 = tl.load(logits + here + across, mask=known & there_x, other=0.0)
                 l2 = tl.load(logits + here + along, mask=known & there_y, other=0.0)
                 l3 = tl.load(logits + here + diagonal, mask=known & there, other=0.0)
-            if KIND == 2 and not BY_CLASS:
+            if KIND == 2 and HOLD and not BY_CLASS:
                 f00, f11, f22, f33, f01, f23, f02, f13, f03, f12 = _products(
                     forms + here, plane, cell, across, along, diagonal, inside, there_x, there_y, there, same
                 )
@@ -686,7 +977,12 @@ def class_moments_gather(
                     b1 = share_y * (1.0 - share_x)
                     b2 = (1.0 - share_y) * share_x
                     b3 = (1.0 - share_y) * (1.0 - share_x)
-                    square = _form(b0, b1, b2, b3, g00, g11, g22, g33, g01, g23, g02, g13, g03, g12)
+                    if HOLD:
+                        square = _form(b0, b1, b2, b3, g00, g11, g22, g33, g01, g23, g02, g13, g03, g12)
+                    else:
+                        square = _form_of(
+                            numbers + here, plane, cell, across, along, diagonal, valid, same, b0, b1, b2, b3
+                        )
                     square = tl.where(square < 0, 0.0, square)
                     alpha = tl.where(valid, inverse_norm(square), 0.0)
                     hit = tl.where(category == wanted, 1.0, 0.0).to(ACC)  # [BLOCK_K, BLOCK_P]
@@ -759,6 +1055,10 @@ def class_moments_gather(
                                     b1,
                                     b2,
                                     b3,
+                                )
+                            elif not HOLD:
+                                f = _form_of(
+                                    forms + here, plane, cell, across, along, diagonal, valid, same, b0, b1, b2, b3
                                 )
                             else:
                                 f = _form(b0, b1, b2, b3, f00, f11, f22, f33, f01, f23, f02, f13, f03, f12)
@@ -1027,6 +1327,26 @@ def class_moments_add(
         other = tl.where(entry < entries, other, entries)
         added += _add_slots(partial, slots, other, entries, s, tl.zeros((BLOCK_S, BLOCK_E), ACC))
     tl.store(total + entry, added, mask=entry < entries)
+
+
+@triton.jit
+def _tile(tile, per_image, pixels, labels, num_classes, ignore_index, BLOCK_P: tl.constexpr):
+    """The image and the pixels of a tile, their classes, and whether they have one; [BLOCK_P]."""
+    image = (tile // per_image).to(tl.int64)
+    p = (tile % per_image).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    label = load_labels(labels + image * pixels + p, p < pixels)
+    y = class_of(label, p < pixels)
+    return image, p, y, (y >= 0) & (y < num_classes) & (label != ignore_index)
+
+
+@triton.jit
+def _softmax(exponent, floor, valid):
+    """Softmax and log-sum-exp over classes, of exponents [BLOCK_K, BLOCK_P]; 0 where not valid."""
+    exponent = exponent + floor[:, None]
+    most = tl.where(valid, tl.max(exponent, 0), 0.0)
+    p = tl.exp(exponent - most[None, :])
+    total = tl.sum(p, 0)
+    return tl.where(valid[None, :], p / total[None, :], 0.0), tl.where(valid, most + tl.log(total), 0.0)
 
 
 @triton.jit

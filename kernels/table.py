@@ -697,6 +697,84 @@ TABLE["class_sums_backward_cells_curved"] = (
 )
 
 # class_moments. The registers are the compiler's at d = 64, K = 7; no entry is timed.
+TABLE["class_moments_same_grid"] = (
+    Entry(
+        EVERY,
+        ("half",),
+        64,
+        {"BLOCK_P": 32, "PROGRAMS": 2},
+        warps=4,
+        stages=1,
+        reason="32 numbers a thread of the second moments, as many of a tile's",
+    ),
+    Entry(
+        EVERY,
+        ("float32",),
+        64,
+        {"BLOCK_P": 32, "PROGRAMS": 1},
+        warps=8,
+        stages=1,
+        reason="four warps spill in the loop on sm_86, with high and low parts of the rows",
+    ),
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 16, "PROGRAMS": 1},
+        warps=8,
+        stages=1,
+        reason="rows of 128: 64 numbers a thread of the second moments, as many of a tile's",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        128,
+        {"BLOCK_P": 16, "PROGRAMS": 1},
+        warps=8,
+        stages=1,
+        reason="as above; float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_same_grid_mixtures"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 32, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="16 numbers a thread of rows of 64, 32 of rows of 128; four programs hide the loads",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        128,
+        {"BLOCK_P": 16, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="as above, half the pixels: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_same_grid_backward"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 32, "BLOCK_J": 32},
+        warps=4,
+        stages=1,
+        reason="16 numbers a thread of rows of 64, 32 of rows of 128, thrice: rows, M z and du",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        128,
+        {"BLOCK_P": 16, "BLOCK_J": 16},
+        warps=4,
+        stages=1,
+        reason="as above, half the pixels: float64 takes twice the registers",
+    ),
+)
 TABLE["class_moments_grams"] = (
     Entry(
         EVERY,
@@ -720,12 +798,21 @@ TABLE["class_moments_grams"] = (
 TABLE["class_moments_forms"] = (
     Entry(
         EVERY,
-        ("half", "float32"),
+        ("half",),
         1024,
-        {"BLOCK_P": 64, "BLOCK_D": 64},
+        {"BLOCK_P": 32, "BLOCK_D": 64},
         warps=4,
         stages=1,
-        reason="32 numbers a thread of M z, and of a neighbour; rows of 64 take one product",
+        reason="rows of 64 take one product; 16 numbers a thread of M z, and of a neighbour",
+    ),
+    Entry(
+        EVERY,
+        ("float32",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 32},
+        warps=4,
+        stages=1,
+        reason="high and low parts of M and of the rows: 64 x 64 spills in the loop",
     ),
     Entry(
         EVERY,
@@ -752,7 +839,7 @@ TABLE["class_moments_gather"] = (
         EVERY,
         ("float64",),
         1024,
-        {"BLOCK_P": 64, "NUMBERS": 4},
+        {"BLOCK_P": 32, "NUMBERS": 2},
         warps=4,
         stages=1,
         reason="as above, fewer: float64 takes twice the registers",
@@ -783,10 +870,10 @@ TABLE["class_moments_quadratic"] = (
         EVERY,
         ("half", "float32"),
         1024,
-        {"BLOCK_P": 32, "BLOCK_D": 64, "PROGRAMS": 2},
-        warps=4,
+        {"BLOCK_P": 32, "BLOCK_D": 64, "PROGRAMS": 1},
+        warps=8,
         stages=1,
-        reason="32 numbers a thread of the sums, 16 of the rows and of the neighbours",
+        reason="16 numbers a thread of the sums, 8 of the rows and of the neighbours; four warps spill",
     ),
     Entry(
         EVERY,
