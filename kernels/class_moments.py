@@ -113,7 +113,8 @@ def class_moments_mixtures(
     num_classes, dim = centres.shape
     by_class = curvatures is not None
     mixed = torch.empty_like(centres, memory_format=torch.contiguous_format)
-    second = centres.new_empty((num_classes if by_class else 0, dim, dim))
+    shape = (num_classes if by_class else 0, dim, dim)
+    second = torch.empty(shape, dtype=centres.dtype, device=centres.device)
     if labels.numel() == 0 or features.numel() == 0:
         return centres.new_zeros(()), mixed.zero_(), second.zero_()
     classes = _Classes(labels.contiguous(), num_classes, ignore_index)
@@ -236,9 +237,8 @@ def _same_grid_moments(
     """Raw sums, unit sums, squares and second moments, in one pass."""
     tiles = _Tiles.of("class_moments_same_grid", features, classes)
     dim, number, slots = features.shape[1], classes.num_classes, tiles.slots
-    linear = shares.new_empty((slots, (1 + sums) * number, dim))
-    squares = shares.new_empty((slots, number))
-    second = shares.new_empty((slots, dim, dim))
+    shapes = (slots, (1 + sums) * number, dim), (slots, number), (slots, dim, dim)
+    linear, squares, second = (torch.empty(shape, dtype=shares.dtype, device=shares.device) for shape in shapes)
     tiles.launch(
         class_moments_same_grid,
         *(tiles.at.features, classes.labels, shares, linear, squares, second),
@@ -257,7 +257,8 @@ def _same_grid_mixtures(
 ) -> Tensor:
     """The loss; the mixed rows into mixed."""
     tiles = _Tiles.of("class_moments_same_grid_mixtures", features, classes)
-    linear, losses = centres.new_empty((tiles.slots, *centres.shape)), centres.new_empty((tiles.slots, 1))
+    shapes = (tiles.slots, *centres.shape), (tiles.slots, 1)
+    linear, losses = (torch.empty(shape, dtype=centres.dtype, device=centres.device) for shape in shapes)
     tiles.launch(
         class_moments_same_grid_mixtures,
         *(tiles.at.features, classes.labels, centres, floors, anchors, linear, losses),
