@@ -42,8 +42,8 @@ from in2nect.kernels.class_sums import (
     _Classes,
     _counts,
     _is_wide,
-    _Partial,
     _minus_one_hot_times,
+    _Partial,
     _Place,
     _times,
 )
@@ -56,7 +56,8 @@ WORKSPACE = 32 * 2**20  # bytes of numbers between the steps; but one image's at
 SAME_GRID_DIM = 128  # channels of a tile, which holds whole rows
 SAME_GRID_CLASSES = 64  # of such a tile
 PAIRS = 5  # numbers a cell and matrix: with itself, right, lower left, lower and lower right neighbour
-MOST_ROWS = 64  # vectors of a tile of a product
+DOT_ROWS = 16  # the height of a tensor-core product
+MOST_ROWS = 32  # vectors of a tile of a product
 MOMENTS, MIXTURES, BACKWARD = (tl.constexpr(i) for i in range(3))  # what a gather is for
 
 
@@ -226,9 +227,15 @@ class _Tiles(NamedTuple):
         slots = min(tiles, entry.blocks.get("PROGRAMS", tiles) * processors(features.device))
         return cls(at, entry, images, pixels, blocks, slots)
 
-    def launch(self, kernel: object, *arguments: object, **constants: object) -> None:
+    def launch(self, kernel: object, *arguments: object, beside: int = 1, **constants: object) -> None:
         constants |= {"PRECISION": input_precision(_accumulator(self.at.features)), **self.blocks}
-        launch(kernel, (self.slots,), *arguments, **constants, warps=self.entry.warps, stages=self.entry.stages)
+        grid = self.slots, beside
+        launch(kernel, grid, *arguments, **constants, warps=self.entry.warps, stages=self.entry.stages)
+
+    @property
+    def part(self) -> int:
+        """Channels of a part of a row."""
+        return min(self.blocks["BLOCK_D"], self.entry.blocks["BLOCK_J"])
 
 
 def _same_grid_moments(
@@ -243,6 +250,8 @@ def _same_grid_moments(
         class_moments_same_grid,
         *(tiles.at.features, classes.labels, shares, linear, squares, second),
         *(tiles.images, tiles.pixels, dim, *classes[1:], *tiles.at.strides),
+        beside=triton.cdiv(dim, tiles.part),
+        BLOCK_J=tiles.part,
         RAW=sums,
     )
     both, squared, moments = (torch.empty_like(partial[0]) for partial in (linear, squares, second))
@@ -285,7 +294,7 @@ def _same_grid_backward(
         *(tiles.at.features, classes.labels, centres, constant, constant if grad_sums is None else grad_sums),
         *(matrix, *per_class, to.features, tiles.images, tiles.pixels, features.shape[1], *classes[1:]),
         *(*tiles.at.strides, *to.strides),
-        BLOCK_J=min(tiles.blocks["BLOCK_D"], tiles.entry.blocks["BLOCK_J"]),
+        BLOCK_J=tiles.part,
         RAW=grad_sums is not None,
     )
 
@@ -363,12 +372,18 @@ class _Part(NamedTuple):
     def precision(self) -> str:
         return input_precision(self.numbers.dtype)
 
+    def block_p(self, entry: Entry, rows: int = DOT_ROWS) -> int:
+        """Cells of a tile: fewer for many vectors, and where numbers come one by one, with an address each."""
+        if not self.cells.at.loads_are_wide:
+            return DOT_ROWS
+        return max(DOT_ROWS, min(entry.blocks["BLOCK_P"], entry.blocks["BLOCK_P"] * DOT_ROWS // rows))
+
     def grams(self, vectors: Tensor | None) -> None:
         """Products of the cells with their neighbours, then with vectors (R, d)."""
         rows = 0 if vectors is None else len(vectors)
         entry = self.choose("class_moments_grams")
         block_r = min(next_power_of_2(rows), MOST_ROWS)
-        block_p = entry.blocks["BLOCK_P"]
+        block_p = self.block_p(entry, block_r)
         h, w, _, _ = self.cells.grids
         launch(
             class_moments_grams,
@@ -417,7 +432,7 @@ class _Part(NamedTuple):
         num_classes = self.cells.classes.num_classes
         entry = self.choose("class_moments_gather")
         block_k = triton.next_power_of_2(num_classes)
-        a_thread = entry.blocks["NUMBERS"] // 2 if by_class else entry.blocks["NUMBERS"]
+        a_thread = max(1, entry.blocks["NUMBERS"] // 4) if by_class else entry.blocks["NUMBERS"]
         most = triton.next_power_of_2(max(1, a_thread * 32 * entry.warps // block_k))
         block_p = min(entry.blocks["BLOCK_P"], most)
         h, w, height, width = self.cells.grids
@@ -446,7 +461,7 @@ class _Part(NamedTuple):
         entry = self.choose("class_moments_linear")
         block_r = min(next_power_of_2(rows), MOST_ROWS)
         block_d = min(next_power_of_2(dim), entry.blocks["BLOCK_D"])
-        block_p = entry.blocks["BLOCK_P"]
+        block_p = self.block_p(entry, block_r)
         pixels = self.cells.grids[0] * self.cells.grids[1]
         r_blocks, d_blocks = triton.cdiv(rows, block_r), triton.cdiv(dim, block_d)
         launch(
@@ -485,7 +500,7 @@ class _Part(NamedTuple):
         """W^T vectors + M' z + sum_m matrices_m M^m z of every cell; the planes of weights in this order."""
         entry = self.choose("class_moments_gradient")
         block_d = min(next_power_of_2(self.cells.dim), entry.blocks["BLOCK_D"])
-        block_p = entry.blocks["BLOCK_P"]
+        block_p = self.block_p(entry)
         h, w, _, _ = self.cells.grids
         launch(
             class_moments_gradient,
@@ -562,28 +577,33 @@ def class_moments_same_grid(
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """linear[slot] = sums of unit rows, RAW: then of raw rows; squares[slot] = sums of |u|^2; second[slot] = half the
-    sum of shares_y u u^T, over every slots-th tile of pixels."""
+    sum of shares_y u u^T, over every slots-th tile of pixels; BLOCK_J of their columns a program, because all would not
+    fit into registers, of which the others' rows come out of the cache."""
     ACC: tl.constexpr = linear.dtype.element_ty
     slot = tl.program_id(0)
     classes = tl.arange(0, BLOCK_K)
     wanted = wanted_labels(classes, num_classes, ignore_index)
     channel = tl.arange(0, BLOCK_D)
     in_row = (channel < d)[None, :]
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    in_part = (j < d)[None, :]
     columns = (channel.to(tl.int64) * stride_channel)[None, :]
     per_image = tl.cdiv(pixels, BLOCK_P)
-    unit = tl.zeros((BLOCK_K, BLOCK_D), ACC)
-    raw = tl.zeros((BLOCK_K, BLOCK_D), ACC)
-    moments = tl.zeros((BLOCK_D, BLOCK_D), ACC)
+    unit = tl.zeros((BLOCK_K, BLOCK_J), ACC)
+    raw = tl.zeros((BLOCK_K, BLOCK_J), ACC)
+    moments = tl.zeros((BLOCK_D, BLOCK_J), ACC)
     squared = tl.zeros((BLOCK_K, BLOCK_P), ACC)
     for tile in range(slot, images * per_image, tl.num_programs(0)):
         image, p, y, valid = _tile(tile, per_image, pixels, labels, num_classes, ignore_index, BLOCK_P)
-        place = features + image * stride_image + (p * stride_pixel)[:, None] + columns
-        z = tl.load(place, mask=valid[:, None] & in_row, other=0.0)  # [BLOCK_P, BLOCK_D]
-        wide = z.to(ACC)
+        place = features + image * stride_image + (p * stride_pixel)[:, None]
+        wide = tl.load(place + columns, mask=valid[:, None] & in_row, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_D]
+        part = (j.to(tl.int64) * stride_channel)[None, :]
+        z = tl.load(place + part, mask=valid[:, None] & in_part, other=0.0)  # [BLOCK_P, BLOCK_J]
         square = tl.sum(wide * wide, 1)
         alpha = inverse_norm(square)
         hit = y[None, :] == wanted[:, None]  # [BLOCK_K, BLOCK_P]
@@ -593,15 +613,16 @@ def class_moments_same_grid(
         squared += tl.where(hit, (square * alpha * alpha)[None, :], 0.0)
         scale = -0.5 * tl.load(shares + y, mask=valid, other=0.0) * alpha * alpha
         moments -= _times(tl.trans(wide * scale[:, None]), z, PRECISION, ACC)
-    there = (classes < num_classes)[:, None] & in_row
+    there = (classes < num_classes)[:, None] & in_part
     rows = (1 + RAW) * num_classes
-    place = linear + (slot.to(tl.int64) * rows + classes)[:, None] * d + channel[None, :]
+    place = linear + (slot.to(tl.int64) * rows + classes)[:, None] * d + j[None, :]
     tl.store(place, unit, mask=there)
     if RAW:
         tl.store(place + num_classes * d, raw, mask=there)
-    tl.store(squares + slot * num_classes + classes, tl.sum(squared, 1), mask=classes < num_classes)
-    place = second + (slot.to(tl.int64) * d + channel)[:, None] * d + channel[None, :]
-    tl.store(place, moments, mask=(channel < d)[:, None] & in_row)
+    if tl.program_id(1) == 0:
+        tl.store(squares + slot * num_classes + classes, tl.sum(squared, 1), mask=classes < num_classes)
+    place = second + (slot.to(tl.int64) * d + channel)[:, None] * d + j[None, :]
+    tl.store(place, moments, mask=(channel < d)[:, None] & in_part)
 
 
 @triton.jit
@@ -776,7 +797,7 @@ def class_moments_grams(
             g2 += tl.sum(own * _rows(base, cell + w - 1, left & down, in_row, stride_pixel).to(ACC), 0)
             g3 += tl.sum(own * _rows(base, cell + w, down, in_row, stride_pixel).to(ACC), 0)
             g4 += tl.sum(own * _rows(base, cell + w + 1, right & down, in_row, stride_pixel).to(ACC), 0)
-    plane = images.to(tl.int64) * pixels
+    plane = tl.full((), 1, tl.int64) * images * pixels  # an argument of 1 is no tensor
     place = numbers + image * pixels + cell
     if tl.program_id(1) == 0:
         _store_pairs(place, plane, g0, g1, g2, g3, g4, inside)
@@ -833,7 +854,7 @@ def class_moments_forms(
         g2 += tl.sum(bent * _rows(base, cell + w - 1, left & down, in_row, stride_pixel).to(ACC), 0)
         g3 += tl.sum(bent * _rows(base, cell + w, down, in_row, stride_pixel).to(ACC), 0)
         g4 += tl.sum(bent * _rows(base, cell + w + 1, right & down, in_row, stride_pixel).to(ACC), 0)
-    plane = images.to(tl.int64) * pixels
+    plane = tl.full((), 1, tl.int64) * images * pixels  # an argument of 1 is no tensor
     place = numbers + 5 * tl.program_id(1) * plane + image * pixels + cell
     _store_pairs(place, plane, g0, g1, g2, g3, g4, inside)
 
@@ -878,10 +899,10 @@ def class_moments_gather(
     once for all of them. BY_CLASS has too much to hold, and loads it for each pixel, from the cache; so does float64.
     """
     ACC: tl.constexpr = numbers.dtype.element_ty
-    HOLD: tl.constexpr = ACC == tl.float32
+    HOLD: tl.constexpr = tl.float32 == ACC
     pixels = h * w
     per_image = tl.cdiv(pixels, BLOCK_P)
-    plane = images.to(tl.int64) * pixels
+    plane = tl.full((), 1, tl.int64) * images * pixels  # an argument of 1 is no tensor
     k = tl.arange(0, BLOCK_K)[:, None]  # [BLOCK_K, 1]
     known = k < num_classes
     wanted = wanted_labels(k, num_classes, ignore_index)
@@ -1151,7 +1172,7 @@ def class_moments_linear(
     in_row = (channel < d)[None, :]
     columns = (channel.to(tl.int64) * stride_channel)[None, :]
     per_image = tl.cdiv(pixels, BLOCK_P)
-    plane = images.to(tl.int64) * pixels
+    plane = tl.full((), 1, tl.int64) * images * pixels  # an argument of 1 is no tensor
     place = sums + (slot.to(tl.int64) * rows + r)[:, None] * d + channel[None, :]
     there = (r < rows)[:, None] & in_row
     total = tl.load(place, mask=there, other=0.0)
@@ -1202,7 +1223,7 @@ def class_moments_quadratic(
     j = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     pixels = h * w
     per_image = tl.cdiv(pixels, BLOCK_P)
-    plane = images.to(tl.int64) * pixels
+    plane = tl.full((), 1, tl.int64) * images * pixels  # an argument of 1 is no tensor
     weights += 5 * tl.program_id(2) * plane
     matrix = slot.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     place = sums + (matrix * d + i[:, None]) * d + j[None, :]
@@ -1276,7 +1297,7 @@ def class_moments_gradient(
     inside = cell < pixels
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = (channel < d)[:, None]
-    plane = images.to(tl.int64) * pixels
+    plane = tl.full((), 1, tl.int64) * images * pixels  # an argument of 1 is no tensor
     weights += image * pixels
     total = tl.zeros((BLOCK_D, BLOCK_P), ACC)
     for start in range(0, rows, BLOCK_R):
@@ -1290,7 +1311,7 @@ def class_moments_gradient(
             other=0.0,
         )
         total += tl.dot(vector, weight, input_precision=PRECISION, out_dtype=ACC)
-    weights += rows.to(tl.int64) * plane
+    weights += rows * plane
     features += image * stride_image
     base = features + (channel.to(tl.int64) * stride_channel)[:, None]
     total += _around(weights, plane, base, cell, inside, in_row, h, w, stride_pixel, BLOCK_D, BLOCK_P, ACC)

@@ -702,40 +702,40 @@ TABLE["class_moments_same_grid"] = (
         EVERY,
         ("half",),
         64,
-        {"BLOCK_P": 32, "PROGRAMS": 2},
+        {"BLOCK_P": 32, "BLOCK_J": 32, "PROGRAMS": 2},
         warps=4,
         stages=1,
-        reason="32 numbers a thread of the second moments, as many of a tile's",
-    ),
-    Entry(
-        EVERY,
-        ("float32",),
-        64,
-        {"BLOCK_P": 32, "PROGRAMS": 1},
-        warps=8,
-        stages=1,
-        reason="four warps spill in the loop on sm_86, with high and low parts of the rows",
+        reason="255 registers, no spills; all 64 columns of the second moments spill in the loop on sm_80 and sm_86",
     ),
     Entry(
         EVERY,
         ("half", "float32"),
         128,
-        {"BLOCK_P": 16, "PROGRAMS": 1},
-        warps=8,
+        {"BLOCK_P": 16, "BLOCK_J": 32, "PROGRAMS": 2},
+        warps=4,
         stages=1,
-        reason="rows of 128: 64 numbers a thread of the second moments, as many of a tile's",
+        reason="up to 243 registers for rows of 128, high and low parts of float32 included; 32 pixels spill",
     ),
     Entry(
         EVERY,
         ("float64",),
         128,
-        {"BLOCK_P": 16, "PROGRAMS": 1},
+        {"BLOCK_P": 16, "BLOCK_J": 16, "PROGRAMS": 1},
         warps=8,
         stages=1,
-        reason="as above; float64 takes twice the registers",
+        reason="160 registers; float64 is there to check gradients",
     ),
 )
 TABLE["class_moments_same_grid_mixtures"] = (
+    Entry(
+        ("sm_100",),
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 32, "PROGRAMS": 2},
+        warps=8,
+        stages=1,
+        reason="with four warps, as below, it spills in the loop",
+    ),
     Entry(
         EVERY,
         ("half", "float32"),
@@ -759,11 +759,20 @@ TABLE["class_moments_same_grid_backward"] = (
     Entry(
         EVERY,
         ("half", "float32"),
-        128,
+        64,
         {"BLOCK_P": 32, "BLOCK_J": 32},
         warps=4,
         stages=1,
-        reason="16 numbers a thread of rows of 64, 32 of rows of 128, thrice: rows, M z and du",
+        reason="16 numbers a thread of rows, M z and du; up to 183 registers for bfloat16",
+    ),
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 16, "BLOCK_J": 16},
+        warps=8,
+        stages=1,
+        reason="as above, for rows of 128; more pixels spill, in the loop over the parts of M too",
     ),
     Entry(
         EVERY,
@@ -772,7 +781,7 @@ TABLE["class_moments_same_grid_backward"] = (
         {"BLOCK_P": 16, "BLOCK_J": 16},
         warps=4,
         stages=1,
-        reason="as above, half the pixels: float64 takes twice the registers",
+        reason="as above; float64 takes twice the registers",
     ),
 )
 TABLE["class_moments_grams"] = (
@@ -826,6 +835,15 @@ TABLE["class_moments_forms"] = (
 )
 TABLE["class_moments_gather"] = (
     Entry(
+        ("sm_80",),
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 64, "NUMBERS": 4},
+        warps=4,
+        stages=1,
+        reason="8 numbers a thread, as below, spill in the loop",
+    ),
+    Entry(
         EVERY,
         ("half", "float32"),
         1024,
@@ -833,7 +851,7 @@ TABLE["class_moments_gather"] = (
         warps=4,
         stages=1,
         reason="one cell a thread of up to 8 classes: nothing is exchanged; NUMBERS a thread of each array of classes "
-        "and cells, half as many with a covariance a class",
+        "and cells, a quarter as many with a covariance a class",
     ),
     Entry(
         EVERY,
@@ -890,10 +908,11 @@ TABLE["class_moments_gradient"] = (
         EVERY,
         ("half", "float32"),
         1024,
-        {"BLOCK_P": 64, "BLOCK_D": 64, "BLOCK_R": 32},
+        {"BLOCK_P": 32, "BLOCK_D": 64, "BLOCK_R": 32},
         warps=4,
         stages=1,
-        reason="32 numbers a thread of the gradient, of the neighbours' sum and of a neighbour",
+        reason="16 numbers a thread of the gradient, of the neighbours' sum and of a neighbour; twice as many spill "
+        "where channels come last",
     ),
     Entry(
         EVERY,
