@@ -110,6 +110,9 @@ KNOWN_SPILLS = {
         for architecture in ARCHITECTURES
         for height, most in ((64, 30), (256, 99))
     },
+    # 256 numbers a cell, and label places of 64 bits
+    ("sm_86", "class_moments_gather", "pooled, 31 to 124, bfloat16, d = 100, K = 256, mixtures"): 3,
+    ("sm_86", "class_moments_gather", "pooled, 4096 to 65536, bfloat16, d = 64, K = 7"): 2,
     # one feature is loaded at a time, and 256 classes fill the registers
     ("sm_90", "class_sums_cells", "unit rows, channels_last, 31 to 124, bfloat16, d = 100, K = 256"): 1,
     # float64 is there to check gradients
