@@ -835,15 +835,6 @@ TABLE["class_moments_forms"] = (
 )
 TABLE["class_moments_gather"] = (
     Entry(
-        ("sm_80",),
-        ("half", "float32"),
-        1024,
-        {"BLOCK_P": 64, "NUMBERS": 4},
-        warps=4,
-        stages=1,
-        reason="8 numbers a thread, as below, spill in the loop",
-    ),
-    Entry(
         EVERY,
         ("half", "float32"),
         1024,
