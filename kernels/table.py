@@ -696,6 +696,237 @@ TABLE["class_sums_backward_cells_curved"] = (
     ),
 )
 
+# class_moments. The registers are the compiler's at d = 64, K = 7; no entry is timed.
+TABLE["class_moments_same_grid"] = (
+    Entry(
+        EVERY,
+        ("half",),
+        64,
+        {"BLOCK_P": 32, "BLOCK_J": 32, "PROGRAMS": 2},
+        warps=4,
+        stages=1,
+        reason="255 registers, no spills; all 64 columns of the second moments spill in the loop on sm_80 and sm_86",
+    ),
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 16, "BLOCK_J": 32, "PROGRAMS": 2},
+        warps=4,
+        stages=1,
+        reason="up to 243 registers for rows of 128, high and low parts of float32 included; 32 pixels spill",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        128,
+        {"BLOCK_P": 16, "BLOCK_J": 16, "PROGRAMS": 1},
+        warps=8,
+        stages=1,
+        reason="160 registers; float64 is there to check gradients",
+    ),
+)
+TABLE["class_moments_same_grid_mixtures"] = (
+    Entry(
+        ("sm_100",),
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 32, "PROGRAMS": 2},
+        warps=8,
+        stages=1,
+        reason="with four warps, as below, it spills in the loop",
+    ),
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 32, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="16 numbers a thread of rows of 64, 32 of rows of 128; four programs hide the loads",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        128,
+        {"BLOCK_P": 16, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="as above, half the pixels: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_same_grid_backward"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        64,
+        {"BLOCK_P": 32, "BLOCK_J": 32},
+        warps=4,
+        stages=1,
+        reason="16 numbers a thread of rows, M z and du; up to 183 registers for bfloat16",
+    ),
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        128,
+        {"BLOCK_P": 16, "BLOCK_J": 16},
+        warps=8,
+        stages=1,
+        reason="as above, for rows of 128; more pixels spill, in the loop over the parts of M too",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        128,
+        {"BLOCK_P": 16, "BLOCK_J": 16},
+        warps=4,
+        stages=1,
+        reason="as above; float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_grams"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 64, "BLOCK_D": 32},
+        warps=4,
+        stages=1,
+        reason="16 numbers a thread of a cell and of each neighbour, which come out of the cache",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 16},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_forms"] = (
+    Entry(
+        EVERY,
+        ("half",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 64},
+        warps=4,
+        stages=1,
+        reason="rows of 64 take one product; 16 numbers a thread of M z, and of a neighbour",
+    ),
+    Entry(
+        EVERY,
+        ("float32",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 32},
+        warps=4,
+        stages=1,
+        reason="high and low parts of M and of the rows: 64 x 64 spills in the loop",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 16},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_gather"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 128, "NUMBERS": 8},
+        warps=4,
+        stages=1,
+        reason="one cell a thread of up to 8 classes: nothing is exchanged; NUMBERS a thread of each array of classes "
+        "and cells, a quarter as many with a covariance a class",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "NUMBERS": 2},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_linear"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 64, "BLOCK_D": 64, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="32 numbers a thread of the rows, up to 32 of the sums; four programs hide the loads",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 4},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_quadratic"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 64, "PROGRAMS": 1},
+        warps=8,
+        stages=1,
+        reason="16 numbers a thread of the sums, 8 of the rows and of the neighbours; four warps spill",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 16, "BLOCK_D": 32, "PROGRAMS": 2},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_gradient"] = (
+    Entry(
+        EVERY,
+        ("half", "float32"),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 64, "BLOCK_R": 32},
+        warps=4,
+        stages=1,
+        reason="16 numbers a thread of the gradient, of the neighbours' sum and of a neighbour; twice as many spill "
+        "where channels come last",
+    ),
+    Entry(
+        EVERY,
+        ("float64",),
+        1024,
+        {"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_R": 16},
+        warps=4,
+        stages=1,
+        reason="as above, fewer: float64 takes twice the registers",
+    ),
+)
+TABLE["class_moments_add"] = (
+    Entry(
+        EVERY,
+        ("float32", "float64"),
+        1024,
+        {"BLOCK_S": 128, "BLOCK_E": 16},
+        warps=4,
+        stages=1,
+        reason="nothing but latency, as class_sums_add",
+    ),
+)
+
 # gather_rows: a few thousand rows, all latency; small programs spread them over the multiprocessors.
 TABLE["gather_rows_forward"] = (
     Entry(

@@ -383,6 +383,10 @@ def _native(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 _native.checks_labels = "cpu"  # type: ignore[attr-defined]
+_triton: Any = kernel("class_moments")
+_triton.checks_labels = "cuda"  # by assertions on the device
 implementation("class_moments", "cpp")(_native)
+implementation("class_moments", "triton")(_triton)
 for _name in ("class_moments_mixtures", "class_moments_backward"):
     implementation(_name, "cpp")(native_operator("cpp", _name))
+    implementation(_name, "triton")(kernel("class_moments", _name))

@@ -38,7 +38,7 @@ from triton.runtime.jit import JITFunction
 from in2nect.kernels import launch
 from in2nect.kernels.table import ARCHITECTURES, TABLE, Entry
 
-OPERATORS = ("class_sums", "gather_rows", "pair_logsumexp", "intra_exact", "sample_pixels")
+OPERATORS = ("class_moments", "class_sums", "gather_rows", "pair_logsumexp", "intra_exact", "sample_pixels")
 # The kernels that are there for a product of matrices.
 PRODUCTS = ("pair_symmetric_forward", "pair_symmetric_backward", "pair_forward", "pair_backward")
 USUAL_DIM = 64  # of UNetFormer's features
@@ -149,6 +149,51 @@ def _class_sums(
     yield Call(f"{case}, backward", module.class_sums_backward, backward, **how)
 
 
+def class_moments(module: ModuleType, architecture: str, thorough: bool) -> Iterator[Call]:
+    """Features on their labels' grid and on a coarser one, all three passes."""
+    kernels = [kernel for kernel in TABLE if kernel.startswith("class_moments_")]
+    for dtype, dim in table_points(*kernels, architecture=architecture):
+        for height in (64, 256):
+            yield from _class_moments(module, meta((16, dim, 64, 64), dtype), height, width=dim)
+    if not thorough:
+        return
+    half, grid, odd = torch.bfloat16, (16, 64, 64, 64), (8, 100, 31, 33)
+    for height in (64, 256):
+        yield from _class_moments(module, meta(grid, half), height, by_class=True)
+        yield from _class_moments(module, meta(grid, half, channels_last=True), height, sums=False)
+    yield from _class_moments(module, meta(odd, half), 124, num_classes=19)
+    yield from _class_moments(module, meta(odd, half), 31, num_classes=256)
+    yield from _class_moments(module, meta(odd, half), 124, num_classes=256)
+    yield from _class_moments(module, meta((1, 64, 4096, 4096), half), 65536)  # places of 64 bits
+
+
+def _class_moments(
+    module: ModuleType,
+    features: Tensor,
+    height: int,
+    *,
+    num_classes: int = 7,
+    by_class: bool = False,
+    sums: bool = True,
+    **how: Any,
+) -> Iterator[Call]:
+    batch, dim, h, w = features.shape
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    labels = meta((batch, height, height * w // h), torch.int64)
+    vectors, per_class = meta((num_classes, dim), dtype), meta((num_classes,), dtype)
+    present = meta((num_classes,), torch.bool)
+    curvatures = meta((num_classes, dim, dim), dtype) if by_class else None
+    matrices = meta((num_classes if by_class else 1, dim, dim), dtype)
+    kind = f"{'by class' if by_class else 'pooled'}{', channels_last' if features.stride(1) == 1 else ''}"
+    case = f"{kind}, {h} to {height}, {name(features.dtype)}, d = {dim}, K = {num_classes}"
+    yield Call(case, module.class_moments, (features, labels, num_classes, 255, sums, by_class), **how)
+    mixtures = features, labels, vectors, curvatures, present, per_class, 255
+    yield Call(f"{case}, mixtures", module.class_moments_mixtures, mixtures, **how)
+    coefficients = per_class, matrices, per_class, vectors, per_class, vectors if sums else None
+    backward = features, labels, vectors, curvatures, present, *coefficients, 255
+    yield Call(f"{case}, backward", module.class_moments_backward, backward, **how)
+
+
 def gather_rows(module: ModuleType, architecture: str, thorough: bool) -> Iterator[Call]:
     """Rows of the cells themselves and interpolated ones, both directions."""
     kernels = [kernel for kernel in TABLE if kernel.startswith("gather_rows_")]
@@ -175,6 +220,7 @@ def sample_pixels(module: ModuleType, architecture: str, thorough: bool) -> Iter
 
 
 CASES: dict[str, Callable[[ModuleType, str, bool], Iterator[Call]]] = {
+    "class_moments": class_moments,
     "class_sums": class_sums,
     "gather_rows": gather_rows,
     "pair_logsumexp": pair_logsumexp,
