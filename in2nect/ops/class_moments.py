@@ -24,7 +24,7 @@ from torch import Tensor
 from in2nect import reference
 from in2nect.labels import as_grid, check_inputs, check_values, valid_mask
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
-from in2nect.ops.backend import implementation, native_operator, select
+from in2nect.ops.backend import implementation, kernel, native_operator, select
 from in2nect.ops.class_sums import check_unless_checked, rows_labels, through_normalization, to_features
 
 
