@@ -145,7 +145,7 @@ def examine_scene(scene: Scene, reading: Reading) -> tuple[Pair | None, int, lis
         label = None
     elif not scene.label.exists() and image is not None:
         expected = scene.label_hint or f"expected {scene.label}; add it, or take the image out of the split"
-        problems.append(Problem(scene.image, "missing", f"{scene.image}: no label; {expected}"))
+        problems.append(Problem(scene.label, "missing", f"{scene.image}: no label; {expected}"))
         label = None
     else:
         label = _Header.of(scene.label, problems, "label")
@@ -187,6 +187,12 @@ def check_band_counts(images: Iterable[tuple[Path, int]]) -> None:
             f"images differ in their number of bands: {found}; give all of them the same bands, or choose those to "
             "read with data.bands"
         )
+
+
+def band_count(path: Path) -> int:
+    """How many bands a raster has."""
+    with open_raster(path) as source:
+        return int(source.count)
 
 
 def problem_error(problems: Sequence[Problem], more: str = "") -> ValueError | FileNotFoundError:
