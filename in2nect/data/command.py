@@ -124,8 +124,9 @@ def _check(arguments: list[str]) -> int:
     config = parser.parse_args(_with_underscores(arguments)).config
     if config is not None:
         parser.set_defaults(_data_settings(config))
-    given = parser.instantiate_classes(parser.parse_args(_with_underscores(arguments)))
-    dataset = open_dataset(given.dataset, given.root, classes=given.classes, bands=given.bands, layout=given.layout)
+    given = parser.parse_args(_with_underscores(arguments))
+    layout = LayoutSettings(**given.layout.as_dict())
+    dataset = open_dataset(given.dataset, given.root, classes=given.classes, bands=given.bands, layout=layout)
     with _progress("files read") as progress:
         report = check_dataset(dataset, workers=given.workers, progress=lambda done, total: progress("", done, total))
     _print_report(report)

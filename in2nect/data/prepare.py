@@ -136,7 +136,8 @@ def rewrite(job: Job, compression: Compression = "deflate") -> None:
             with open_raster(job.source) as raster:
                 options = _creation(raster, job, compression)
                 factors = _factors(raster.width, raster.height)
-            rasterio.shutil.copy(job.source, partial_file, driver="GTiff", **options)
+            with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO"):  # which passes over a PNG that is cut short
+                rasterio.shutil.copy(job.source, partial_file, driver="GTiff", **options)
             with rasterio.Env(GDAL_TIFF_OVR_BLOCKSIZE=str(_TILE)), rasterio.open(partial_file, "r+") as output:
                 if factors:
                     output.build_overviews(factors, Resampling.mode if job.is_label else Resampling.average)

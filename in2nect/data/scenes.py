@@ -220,7 +220,11 @@ class _Header:
                 problems.append(Problem(path, "empty", f"{path}: 0 bytes; fetch the {what} anew, or take it out"))
                 return None
             with open_raster(path) as source:
-                return cls(source.count, source.height, source.width, source.dtypes)
+                header = cls(source.count, source.height, source.width, source.dtypes)
+                if source.driver != "PNG" or _png_ends(path):
+                    return header
+            message = f"{path}: cut short (a PNG without its end); fetch the {what} anew, or take it out"
+            problems.append(Problem(path, "unreadable", message))
         except FileNotFoundError:
             message = f"{path}: no such {what}; add it, or take it out of the split"
             problems.append(Problem(path, "missing", message))
@@ -229,8 +233,17 @@ class _Header:
         return None
 
 
+def _png_ends(path: Path) -> bool:
+    """Whether a PNG has its last chunk. GDAL decodes a whole PNG in one go, and where the file is cut short hands out
+    what it has, without an error.
+    """
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 4096))  # some programs append a little of their own
+        return b"IEND\xaeB`\x82" in stream.read()
+
+
 def _unreadable(path: Path, error: Exception) -> str:
-    reason = str(error).replace(f"{path}: ", "").replace(str(path), "it").strip().rstrip(".")
+    reason = str(error).replace(f"'{path}' ", "").replace(f"{path}: ", "").replace(str(path), "it").strip().rstrip(".")
     return f"{path}: cannot be opened as a raster ({reason}); fetch the file anew, or take it out"
 
 
