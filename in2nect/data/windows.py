@@ -80,6 +80,14 @@ def open_raster(path: str | os.PathLike[str]) -> DatasetReader:
         return rasterio.open(path, OVERVIEW_LEVEL="NONE")
 
 
+def transform_of(path: str | os.PathLike[str]) -> rasterio.Affine:
+    """A raster's transform, the identity where it has none: a handle of `open_raster` then holds whatever was in
+    memory, because GDAL's view of one overview level does not fill it in.
+    """
+    with quiet_without_georeference(), rasterio.open(path) as source:
+        return source.transform
+
+
 @contextmanager
 def quiet_without_georeference() -> Iterator[None]:
     """No warning of rasters without a georeference. Around threads that open rasters it must also stand outside: the
