@@ -1,7 +1,7 @@
 """Reads every file of a data set through and says what is in it and what is wrong: `in2nect data check`.
 
-Files are read in threads, by bands of rows, so that memory stays at some 20 MB a thread whatever the size of a raster;
-the time is that of decoding the files once.
+Files are read in threads, by bands of rows, so that memory stays at some 20 MB a thread and GDAL's cache whatever the
+size of a raster; the time is that of decoding the files once.
 """
 
 from __future__ import annotations

@@ -20,6 +20,19 @@ from in2nect.data.folder import IMAGE_SUFFIXES, LABEL_SUFFIXES, SPLITS, by_stem,
 from in2nect.data.scenes import Reading, Scene
 
 DatasetName = Literal["folder", "loveda", "vaihingen", "potsdam"]
+_BELONGS_TO: dict[str, tuple[DatasetName, ...]] = {
+    "domain": ("loveda",),
+    "image_type": ("potsdam",),
+    "eval_labels": ("vaihingen", "potsdam"),
+    "eroded_labels": ("vaihingen", "potsdam"),
+    "elevation": ("vaihingen",),
+    "elevations": ("vaihingen",),
+    "label_values": ("folder",),
+    "ignored_colors": ("folder", "vaihingen", "potsdam"),
+    "images": ("folder", "vaihingen", "potsdam"),
+    "labels": ("folder", "vaihingen", "potsdam"),
+}
+"""The settings of a layout that only some data sets have."""
 _ID_SUFFIXES = (".png", ".tif", ".tiff")  # as published, or as `in2nect data prepare` writes them
 
 
@@ -133,8 +146,13 @@ def open_dataset(
         raise FileNotFoundError(f"{root}: no such folder; data.root names the folder that holds the data set")
     if bands is not None and (not bands or min(bands) < 1):
         raise ValueError(f"data.bands: {list(bands)}; expected band numbers, counted from 1")
-    if layout.elevation and name != "vaihingen":
-        raise ValueError(f"data.layout.elevation: true, with data.dataset {name}; it is there for vaihingen alone")
+    for setting, names in _BELONGS_TO.items():
+        if name not in names and getattr(layout, setting) != getattr(LayoutSettings(), setting):
+            value = getattr(layout, setting)
+            raise ValueError(
+                f"data.layout.{setting}: {value!r}, with data.dataset {name}, which has no such choice; it is one of "
+                f"{' and '.join(names)}"
+            )
     own = classes_of(name, root, classes)
     reading = Reading(_coding(name, own, layout), bands, layout.elevation_range)
     if name == "folder" and layout.splits is None:

@@ -117,7 +117,7 @@ def test_elevation_is_a_last_band(vaihingen: trees.Tree) -> None:
     assert (image[3] == np.round((heights - 250) * 255 / 40)).all()
     with pytest.raises(ValueError, match=r"whole scenes are predicted from one raster"):
         data.setup("predict")
-    with pytest.raises(ValueError, match=r"elevation: true, with data\.dataset potsdam"):
+    with pytest.raises(ValueError, match=r"elevation: True, with data\.dataset potsdam, which has no such choice"):
         open_dataset("potsdam", vaihingen.root, layout=LayoutSettings(elevation=True))
     with pytest.raises(ValueError, match=r"elevation_range: \[5, 5\]"):
         LayoutSettings(elevation_range=(5, 5))
@@ -239,6 +239,9 @@ def test_settings_that_do_not_fit(loveda: trees.Tree) -> None:
         open_dataset("isprs", loveda.root)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"data\.bands: \[0, 1\]; expected band numbers, counted from 1"):
         open_dataset("loveda", loveda.root, bands=(0, 1))
+    for layout in (LayoutSettings(images="x"), LayoutSettings(image_type="irrg"), LayoutSettings(eval_labels="full")):
+        with pytest.raises(ValueError, match=r"with data\.dataset loveda, which has no such choice; it is one of "):
+            open_dataset("loveda", loveda.root, layout=layout)
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; data\.root"):
         open_dataset("loveda", "nowhere")
     with pytest.raises(ValueError, match=r"data\.mean: \(0\.5,\), data\.std: None; give both"):
