@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from in2nect.data.crops import Augmentations
 from in2nect.training.datamodule import FolderDataModule
 
 SIZES = [(140, 150), (90, 70), (80, 130), (64, 64), (40, 50)]
@@ -18,7 +19,8 @@ SPLITS = ["train", "train", "val", "test", "test"]
 
 
 @pytest.fixture
-def root(make_folder) -> Path:
+def root(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
     return make_folder(SIZES, SPLITS)
 
 
@@ -47,12 +49,14 @@ def test_training_batches(root: Path) -> None:
     assert not same(batches[:1], batches[1:])
 
 
-def test_batches_do_not_depend_on_workers(root: Path) -> None:
+@pytest.mark.parametrize("sampling", ["uniform", "balanced", "dominance"])
+def test_batches_do_not_depend_on_workers(root: Path, sampling: Any) -> None:
     """The handles opened before the workers are forked must not be shared with them either."""
-    data = module(root)
+    changes = Augmentations(rotation=20.0, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
+    data = module(root, sampling=sampling, augmentations=changes)
     alone = [epoch_of(data, epoch) for epoch in (0, 1)]
     assert not same(alone[0], alone[1])
-    for workers in (1, 2):
+    for workers in (1, 4):
         data.num_workers = workers
         loader = data.train_dataloader()
         for epoch in (0, 1):
