@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--batch", type=positive, default=4, metavar="B", help="crops a batch (default: %(default)s)")
     how.add_argument(
-        "--seconds", type=float, default=1.2, metavar="S", help="that a row is timed for (default: %(default)s)"
+        "--seconds", type=float, default=0.9, metavar="S", help="that a row is timed for (default: %(default)s)"
     )
     how.add_argument(
         "--folder", metavar="DIR", help="where the rasters are made, and removed again (default: the system's for that)"
