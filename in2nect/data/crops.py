@@ -9,7 +9,7 @@ blocks under its window: milliseconds, and memory for the window alone. `samplin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -254,12 +254,25 @@ class CropLoader(DataLoader[Sample]):
 
     Its state is how many batches of which epoch it has handed out; crops that
     workers have read ahead are not among them, and are read again.
+
+    Args:
+        epoch: tells the epoch whenever one begins; where it is not given, the sampler's is taken. (A run of so many
+            steps that is resumed at an epoch's end skips an epoch in what Lightning sets the sampler to.)
     """
 
-    def __init__(self, dataset: Dataset[Sample], *, sampler: CropSampler, batch_size: int, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Sample],
+        *,
+        sampler: CropSampler,
+        batch_size: int,
+        epoch: Callable[[], int] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(dataset, sampler=sampler, batch_size=batch_size, drop_last=True, **options)
         self._crops = sampler
         self._batch = batch_size
+        self._epoch = epoch
         self._handed = 0
         self._resumed: dict[str, int] | None = None
 
@@ -269,7 +282,9 @@ class CropLoader(DataLoader[Sample]):
         Raises:
             ValueError: the epoch that was broken off was made of other batches.
         """
-        # A generator begins when the first batch is asked for: after Lightning has set the epoch.
+        # A generator begins when the first batch is asked for: after Lightning has counted the epoch.
+        if self._epoch is not None:
+            self._crops.set_epoch(self._epoch())
         state, self._resumed, self._handed = self._resumed, None, 0
         if state is not None and state["epoch"] == self._crops.epoch:
             self._check(state)

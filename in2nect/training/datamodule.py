@@ -127,7 +127,9 @@ class FolderDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> CropLoader:
         """Batches of random crops; the last, incomplete one is left out."""
         sampler = CropSampler(len(self.train), **self._process())
-        loader = CropLoader(self.train, sampler=sampler, batch_size=self.batch_size, **self._reading())
+        trainer = self.trainer
+        epoch = None if trainer is None else lambda: trainer.current_epoch
+        loader = CropLoader(self.train, sampler=sampler, batch_size=self.batch_size, epoch=epoch, **self._reading())
         if self._resumed is not None:
             loader.load_state_dict(self._resumed)
         self._resumed, self._crop_loader = None, loader
