@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
-from rasterio.windows import Window
+from rasterio.windows import Window as RasterWindow
+
+Window = tuple[int, int, int, int]
+"""(row, col, height, width) in pixels."""
+
+BLOCK_CACHE = 128
+"""MiB of decoded blocks that GDAL keeps in each process: its own choice, a twentieth of the machine's memory, is too
+much where there are many workers, and crops at random places seldom meet a block again."""
+
+os.environ.setdefault("GDAL_CACHEMAX", str(BLOCK_CACHE))  # GDAL looks when it first reads; a user's own choice stands
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,13 @@ def quiet_without_georeference() -> Iterator[None]:
         yield
 
 
+def block_shape(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of the blocks that a raster is stored in: its tiles or strips."""
+    with open_raster(path) as source:
+        height, width = source.block_shapes[0]
+        return int(height), int(width)
+
+
 class RasterCache:
     """Open rasters, at most `limit`, least recently used closed first.
 
@@ -112,7 +128,7 @@ class RasterCache:
     def read(
         self,
         path: Path,
-        window: tuple[int, int, int, int],
+        window: Window,
         shape: tuple[int, int] | None = None,
         *,
         nearest: bool,
@@ -136,7 +152,7 @@ class RasterCache:
         try:
             return source.read(
                 indexes,
-                window=Window(col, row, width, height),
+                window=RasterWindow(col, row, width, height),
                 out_shape=(len(indexes), *(shape or (height, width))),
                 resampling=Resampling.nearest if nearest else Resampling.bilinear,
             )

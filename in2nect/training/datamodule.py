@@ -1,6 +1,7 @@
 """A data set as a LightningDataModule: random crops to train on, grids to evaluate, whole rasters to predict.
 
-Batches are a function of (seed, epoch) alone: neither the number of workers nor a resume changes them.
+Batches are a function of (seed, epoch) alone: neither the number of workers nor a resume, be it in the middle of an
+epoch, changes them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from in2nect.data.classes import Classes
-from in2nect.data.crops import Augmentations, CropDataset, CropSampler, collate
+from in2nect.data.crops import Augmentations, CropDataset, CropLoader, CropSampler, collate
 from in2nect.data.datasets import DataSet, DatasetName, LayoutSettings, classes_of, open_dataset
 from in2nect.data.folder import IMAGE_SUFFIXES
 from in2nect.data.grid import GridDataset, ShapeBatchSampler
+from in2nect.data.sampling import Sampling
 from in2nect.data.scenes import Pair, Problem, band_count, examine, problem_error
 
 
@@ -54,6 +56,13 @@ class FolderDataModule(lightning.LightningDataModule):
         num_workers: processes that read ahead.
         seed: of the training crops, 0 or more.
         augmentations: how training crops may be changed.
+        sampling: where training crops are taken. uniform: every pixel is about equally likely to be seen. balanced: a
+            class is drawn first, each that occurs as likely as another, then one of its pixels, then a crop that shows
+            it; the labels are read through once for this, and what is found is kept in the user's folder of caches, or
+            in IN2NECT_CACHE. dominance: as uniform, but drawn again while one class has too large a share of the crop.
+        dominance_limit: for dominance, the largest share of a crop's labelled pixels that one class may have.
+        dominance_tries: for dominance, how many places are looked at in all; if none will do, the one with the
+            smallest such share is taken.
         predict_images: a raster, a folder of rasters, or a list of them; where it is not given, the images of the
             test split.
     """
@@ -76,6 +85,9 @@ class FolderDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         augmentations: Augmentations = Augmentations(),  # noqa: B008 - frozen
+        sampling: Literal["uniform", "balanced", "dominance"] = "uniform",
+        dominance_limit: float = 0.75,
+        dominance_tries: int = 10,
         predict_images: list[str] | str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
@@ -85,8 +97,11 @@ class FolderDataModule(lightning.LightningDataModule):
         self.batch_size, self.crop_size, self.samples_per_epoch = batch_size, crop_size, samples_per_epoch
         self.eval_window, self.eval_overlap = eval_window, eval_overlap
         self.num_workers, self.seed, self.augmentations = num_workers, seed, augmentations
+        self.sampling = Sampling(sampling, dominance_limit, dominance_tries)
         self.predict_images = predict_images
         self.val: GridDataset | None = None
+        self._crop_loader: CropLoader | None = None
+        self._resumed: dict[str, int] | None = None
 
     @property
     def root(self) -> Path:
@@ -141,10 +156,25 @@ class FolderDataModule(lightning.LightningDataModule):
         if stage == "predict":
             self.predict = RasterPaths(self._rasters_to_predict())
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> CropLoader:
         """Batches of random crops; the last, incomplete one is left out."""
         sampler = CropSampler(len(self.train), **self._process())
-        return self._loader(self.train, sampler=sampler, batch_size=self.batch_size, drop_last=True)
+        trainer = self.trainer
+        epoch = None if trainer is None else lambda: trainer.current_epoch
+        loader = CropLoader(self.train, sampler=sampler, batch_size=self.batch_size, epoch=epoch, **self._reading())
+        if self._resumed is not None:
+            loader.load_state_dict(self._resumed)
+        self._resumed, self._crop_loader = None, loader
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch has come. (Lightning would keep the loader's state by itself, but makes the loader of a
+        resumed run, to count its steps, before it has read the state.)
+        """
+        return {} if self._crop_loader is None else {"train": self._crop_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict.get("train")
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Windows of the split val, each pixel scored once; nothing where a training has no such split."""
@@ -228,6 +258,7 @@ class FolderDataModule(lightning.LightningDataModule):
             length=length,
             seed=self.seed,
             augmentations=self.augmentations,
+            sampling=self.sampling,
         )
 
     def _grid(self, pairs: list[Pair]) -> GridDataset:
@@ -235,17 +266,15 @@ class FolderDataModule(lightning.LightningDataModule):
 
     def _grid_loader(self, dataset: GridDataset) -> DataLoader[Any]:
         sampler = ShapeBatchSampler(dataset.windows, self.batch_size, **self._process())
-        return self._loader(dataset, sampler=sampler, batch_size=None)
+        return DataLoader(dataset, sampler=sampler, batch_size=None, **self._reading())
 
-    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     def _process(self) -> dict[str, int]:
         if self.trainer is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -78,6 +79,13 @@ class TrainingCLI(LightningCLI):
             default=_OUTPUT,
             help="Folder of the run: config.yaml, checkpoints/, TensorBoard's events, metrics_test.json, predictions/.",
         )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=NonNegativeInt,
+            default=0,
+            help="Write last.ckpt also within an epoch, after every so many steps; a run that is killed goes on behind "
+            "it. 0: at the end of every epoch alone.",
+        )
         parser.add_class_arguments(PredictionSettings, "prediction")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -119,7 +127,7 @@ class TrainingCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             own.append(progress())
         if config.get("enable_checkpointing") is not False:
-            own += checkpoints(output / "checkpoints")
+            own += checkpoints(output / "checkpoints", self._get(self.config_init, "checkpoint_every"))
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
