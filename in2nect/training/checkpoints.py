@@ -7,18 +7,25 @@ can cut short.)
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from in2nect.files import replacing
 
+_NAMING: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
 
-def checkpoints(folder: Path) -> list[Callback]:
+
+def checkpoints(folder: Path, every: int = 0) -> list[Callback]:
     """Both checkpoints of a run. best.ckpt comes first: last.ckpt then holds what is known of the best one after the
     same epoch, and not of the epoch before.
+
+    Args:
+        every: steps after which last.ckpt is also written within an epoch; 0 for never.
     """
-    return [best_checkpoint(folder), last_checkpoint(folder)]
+    within = [StepCheckpoint(dirpath=folder, filename="last", every_n_train_steps=every, **_NAMING)] if every else []
+    return [best_checkpoint(folder), last_checkpoint(folder), *within]
 
 
 def best_checkpoint(folder: Path) -> Callback:
@@ -29,6 +36,16 @@ def best_checkpoint(folder: Path) -> Callback:
 def last_checkpoint(folder: Path) -> Callback:
     """last.ckpt after every epoch, to resume from."""
     return _checkpoint(folder, "last", save_on_train_epoch_end=True)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """A checkpoint after every so many steps, but the last of an epoch: it is still to be validated, and a run that
+    went on from there would leave that out.
+    """
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any, **options: Any) -> None:
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            super().on_train_batch_end(trainer, *arguments, **options)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,6 +61,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _checkpoint(folder: Path, name: str, **options: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=folder, filename=name, enable_version_counter=False, auto_insert_metric_name=False, **options
-    )
+    return ModelCheckpoint(dirpath=folder, filename=name, **_NAMING, **options)

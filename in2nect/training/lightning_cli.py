@@ -4,10 +4,12 @@ folder for all that a run writes.
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -77,6 +79,13 @@ class TrainingCLI(LightningCLI):
             default=_OUTPUT,
             help="Folder of the run: config.yaml, checkpoints/, TensorBoard's events, metrics_test.json, predictions/.",
         )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=NonNegativeInt,
+            default=0,
+            help="Write last.ckpt also within an epoch, after every so many steps; a run that is killed goes on behind "
+            "it. 0: at the end of every epoch alone.",
+        )
         parser.add_class_arguments(PredictionSettings, "prediction")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -95,6 +104,8 @@ class TrainingCLI(LightningCLI):
         for name in ("root", "classes"):  # config.yaml is read from other working directories too
             if config.data[name] is not None:
                 config.data[name] = os.path.abspath(config.data[name])
+        if config.data.layout.splits is not None:
+            config.data.layout.splits = os.path.abspath(config.data.layout.splits)
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. To evaluate or predict, it says what the network is; for `fit` the module compares, so
@@ -116,7 +127,7 @@ class TrainingCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             own.append(progress())
         if config.get("enable_checkpointing") is not False:
-            own += checkpoints(output / "checkpoints")
+            own += checkpoints(output / "checkpoints", self._get(self.config_init, "checkpoint_every"))
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
@@ -125,7 +136,10 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        self.model.prediction = self._get(self.config_init, "prediction")
+        prediction = self._get(self.config_init, "prediction")
+        if prediction.bands is None:  # those that the network was trained on
+            prediction = replace(prediction, bands=self.datamodule.bands)
+        self.model.prediction = prediction
 
     def validate(self, **options: Any) -> None:
         """Trainer.validate; ScoresTable prints the scores."""

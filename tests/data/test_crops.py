@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from in2nect.data.classes import Classes
-from in2nect.data.crops import Augmentations, CropDataset, CropSampler, collate
+from in2nect.data.crops import Augmentations, CropDataset, CropLoader, CropSampler, collate
 from in2nect.data.folder import split_pairs
 
 PLAIN = Augmentations(scales=(1.0,), horizontal_flip=False, vertical_flip=False, quarter_turns=False)
@@ -151,9 +151,105 @@ def test_sampler_deals_an_epoch_out_to_the_processes() -> None:
         CropSampler(2, world_size=3)
 
 
+def test_the_loader_goes_on_within_the_epoch_of_its_state(make_folder, classes: Classes) -> None:
+    dataset = crops(make_folder([(120, 150)], ["train"]), classes, length=11)
+
+    def loader(batch_size: int = 2, epoch: int = 3, processes: int = 1) -> CropLoader:
+        sampler = CropSampler(11, world_size=processes)
+        sampler.set_epoch(epoch)
+        return CropLoader(dataset, sampler=sampler, batch_size=batch_size, collate_fn=collate)
+
+    whole = [batch["image"] for batch in loader()]
+    begun = loader()
+    batches = iter(begun)
+    for _ in range(3):
+        next(batches)
+    state = begun.state_dict()
+    assert state == {"epoch": 3, "batches": 3, "batch_size": 2, "samples_per_epoch": 11, "processes": 1}
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert all(torch.equal(a, b["image"]) for a, b in zip(whole[3:], resumed, strict=True))
+    assert resumed.state_dict()["batches"] == 5
+    assert len(list(resumed)) == 5  # the next epoch is whole
+    other_epoch = loader(batch_size=4, epoch=4)
+    other_epoch.load_state_dict(state)
+    assert len(list(other_epoch)) == 2
+    for changed, told in ((loader(batch_size=4), "batch_size was 2 and is 4"), (loader(processes=2), "processes was")):
+        changed.load_state_dict(state)
+        with pytest.raises(ValueError, match=f"within an epoch of other batches: {told}"):
+            next(iter(changed))
+
+
+JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.1}
+
+
+def jittered(root: Path, classes: Classes, **jitter: float) -> CropDataset:
+    """As PLAIN, with jitter."""
+    options = Augmentations((1.0,), horizontal_flip=False, vertical_flip=False, quarter_turns=False, **jitter)
+    return crops(root, classes, options)
+
+
+@pytest.mark.parametrize("name", sorted(JITTER))
+def test_jitter_changes_the_image_alone(make_folder, classes: Classes, name: str) -> None:
+    root = make_folder([(120, 150)], ["train"])
+    plain, changed = crops(root, classes, PLAIN), jittered(root, classes, **{name: JITTER[name]})
+    differences = []
+    for item in range(12):
+        before, after = plain[item], changed[item]
+        assert after["image"].dtype == torch.uint8 and torch.equal(after["image"], changed[item]["image"])
+        assert torch.equal(before["label"], after["label"]) and torch.equal(before["window"], after["window"])
+        differences.append((after["image"].float() - before["image"].float()).mean().item())
+    if name == "brightness":
+        assert min(differences) < 0 < max(differences)
+    assert np.abs(differences).max() > 0.01
+    assert len(set(differences)) > 6
+
+
+def test_brightness_and_contrast_by_hand(make_folder, classes: Classes) -> None:
+    """Brightness multiplies, contrast leaves the mean; both where no value is clipped or rounded by much."""
+    root = make_folder([(120, 150)], ["train"])
+    for item in range(6):
+        plain = crops(root, classes, PLAIN)[item]["image"].float()
+        bright = jittered(root, classes, brightness=0.2)[item]["image"].float()
+        inside = (plain > 50) & (bright < 255)
+        factor = (bright[inside] / plain[inside]).median()
+        assert 0.79 < factor < 1.21
+        assert (bright[inside] - factor * plain[inside]).abs().max() < 2
+        flat = jittered(root, classes, contrast=0.2)[item]["image"].float()
+        inside = (flat > 0) & (flat < 255)
+        slope = np.polyfit(plain[inside].numpy(), flat[inside].numpy(), 1)[0]
+        assert 0.79 < slope < 1.21
+        assert ((flat - plain.mean()) - slope * (plain - plain.mean()))[inside].abs().max() < 2
+
+
+def test_jitter_does_not_depend_on_threads(make_folder, classes: Classes) -> None:
+    """Workers have one thread, the process itself as many as there are cores."""
+    root = make_folder([(400, 420)], ["train"])
+    options = Augmentations(rotation=30.0, **JITTER)
+    dataset = crops(root, classes, options, crop_size=256, length=6)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [dataset[item]["image"] for item in range(6)]
+        torch.set_num_threads(3)
+        assert all(torch.equal(dataset[item]["image"], alone[item]) for item in range(6))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_colours_take_three_bands(make_folder, classes: Classes, write_raster) -> None:
+    root = make_folder([(60, 60)], ["train"])
+    write_raster(root / "images" / "part0.tif", np.full((4, 60, 60), 90, np.uint8))
+    assert jittered(root, classes, brightness=0.3, contrast=0.3)[0]["image"].shape == (4, 48, 48)
+    with pytest.raises(ValueError, match=r"part0\.tif: 4 bands; saturation and hue are of colours"):
+        jittered(root, classes, hue=0.1)[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"brightness": -0.1}, r"brightness: -0\.1; expected 0 \(none\) to 1"),
+        ({"hue": 0.6}, r"hue: 0\.6; expected 0 \(none\) to 0\.5"),
         ({"scales": ()}, r"scales: \(\); expected at least one"),
         ({"scales": (0.0,)}, r"scales: \(0\.0,\)"),
         ({"rotation": 181.0}, r"rotation: 181\.0; expected degrees in 0\.\.180"),

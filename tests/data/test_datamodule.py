@@ -9,8 +9,11 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from in2nect.data.crops import Augmentations
+from in2nect.training.checkpoints import StepCheckpoint
 from in2nect.training.datamodule import FolderDataModule
 
 SIZES = [(140, 150), (90, 70), (80, 130), (64, 64), (40, 50)]
@@ -18,7 +21,8 @@ SPLITS = ["train", "train", "val", "test", "test"]
 
 
 @pytest.fixture
-def root(make_folder) -> Path:
+def root(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
     return make_folder(SIZES, SPLITS)
 
 
@@ -47,12 +51,14 @@ def test_training_batches(root: Path) -> None:
     assert not same(batches[:1], batches[1:])
 
 
-def test_batches_do_not_depend_on_workers(root: Path) -> None:
+@pytest.mark.parametrize("sampling", ["uniform", "balanced", "dominance"])
+def test_batches_do_not_depend_on_workers(root: Path, sampling: Any) -> None:
     """The handles opened before the workers are forked must not be shared with them either."""
-    data = module(root)
+    changes = Augmentations(rotation=20.0, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
+    data = module(root, sampling=sampling, augmentations=changes)
     alone = [epoch_of(data, epoch) for epoch in (0, 1)]
     assert not same(alone[0], alone[1])
-    for workers in (1, 2):
+    for workers in (1, 4):
         data.num_workers = workers
         loader = data.train_dataloader()
         for epoch in (0, 1):
@@ -151,6 +157,53 @@ class Recorder(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Flat(Recorder):
+    """Notes every batch by itself, with its epoch and its number."""
+
+    def training_step(self, batch: dict[str, Any], number: int) -> Tensor:
+        self.batches.append((self.current_epoch, number, batch["window"].tolist()))
+        return self.weight * 0
+
+    def on_fit_start(self) -> None:
+        self.batches: list[tuple[int, int, list[list[int]]]] = []
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 9}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resume_after_any_step_goes_on_with_the_next_batch(
+    root: Path, tmp_path: Path, length: dict[str, int], workers: int
+) -> None:
+    """Three batches an epoch, so that checkpoints within it, and before and behind its end, are all met."""
+
+    def fit(checkpoint: Path | None = None) -> tuple[list[Any], int]:
+        recorder = Flat()
+        every = StepCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        ends = ModelCheckpoint(tmp_path / "epochs", filename="{step}", save_on_train_epoch_end=True, save_top_k=-1)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            logger=False,
+            callbacks=[] if checkpoint else [every, ends],
+            enable_checkpointing=checkpoint is None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **length,
+        )
+        data = module(root, samples_per_epoch=7, batch_size=2, num_workers=workers)
+        trainer.fit(recorder, data, ckpt_path=checkpoint)
+        return recorder.batches, recorder.scored
+
+    whole, scored = fit()
+    assert [batch[:2] for batch in whole] == list(itertools.product(range(3), range(3)))
+    within = sorted((tmp_path / "steps").iterdir())
+    assert [path.stem for path in within] == [f"step={step}" for step in (1, 2, 4, 5, 7, 8)]
+    for path in [*within, *sorted((tmp_path / "epochs").iterdir())[:2]]:
+        batches, validated = fit(path)
+        done = int(path.stem.removeprefix("step="))
+        assert batches == whole[done:], path
+        assert validated == scored - done // 3 * (80 * 130)
 
 
 def test_lightning_moves_through_the_epochs_and_resumes(root: Path, tmp_path: Path) -> None:

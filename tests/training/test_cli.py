@@ -119,6 +119,38 @@ def test_killed_run_resumes_to_the_same_weights(dataset: Path, tmp_path: Path, m
             assert states["best.ckpt"] in best.values()  # no epoch older than the file itself
 
 
+@pytest.mark.parametrize(("workers", "accumulated"), [(0, 2), (1, 1)])
+def test_killed_run_resumes_within_an_epoch(
+    workers: int, accumulated: int, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """last.ckpt is of the fourth batch of six in the second epoch, kill -9 comes before the sixth; the resume goes on
+    with the fifth, and not from the beginning of the epoch.
+    """
+    every = f"--checkpoint_every={2 // accumulated}"
+    options = ["--data.samples_per_epoch=12", f"--data.num_workers={workers}", "--data.sampling=dominance", every]
+    options += ["--data.augmentations.contrast=0.3", f"--trainer.accumulate_grad_batches={accumulated}"]
+    kill = ["--trainer.callbacks+=kill.KillAt", "--trainer.callbacks.epoch=1", "--trainer.callbacks.batch=5"]
+    whole, parts = fit(dataset, tmp_path / "whole", 3, *options), fit(dataset, tmp_path / "parts", 3, *options)
+    assert subprocess_main([*parts, *kill]).returncode == -signal.SIGKILL
+    last = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (last["epoch"], last["global_step"]) == (1, 10 // accumulated)
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # config.yaml names kill.KillAt
+    seen = {}
+    for run, arguments in (("parts", ["fit", "--ckpt_path=last", f"--output={tmp_path / 'parts'}"]), ("whole", whole)):
+        note = ["--trainer.callbacks=kill.Batches", f"--trainer.callbacks.target={tmp_path / run / 'batches'}"]
+        assert main([*arguments, *note]) == 0
+        seen[run] = (tmp_path / run / "batches").read_text().splitlines()
+    assert len(seen["whole"]) == 18 and seen["parts"] == seen["whole"][10:]
+    for name in ("last", "best"):
+        expected, found = (
+            torch.load(tmp_path / run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in ("whole", "parts")
+        )
+        assert found["global_step"] == expected["global_step"]
+        assert_same(found["state_dict"], expected["state_dict"])
+        assert_same(found["optimizer_states"], expected["optimizer_states"])
+        assert_same(found["lr_schedulers"], expected["lr_schedulers"])
+
+
 def test_resuming_with_other_settings_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "config.yaml").read_bytes()
     for checkpoint in ("last", str(run / "checkpoints" / "last.ckpt")):
@@ -193,7 +225,7 @@ def test_a_backend_that_cannot_run_here_is_told_before_training(
     ("arguments", "message"),
     [
         (["fly"], "expected one of fit"),
-        (["fit", "--data.root=/nowhere"], "/nowhere/labels: no such folder"),
+        (["fit", "--data.root=/nowhere"], "/nowhere: no such folder"),
         (["fit", "--data.root=DATA", "--model.network=segnet"], "unknown model 'segnet'; expected one of"),
         (["fit", "--data.root=DATA", "--model.tuning.weigth=1"], "model.tuning.weigth"),
         (["fit", "--data.root=DATA", "--model.tuning.estimator=magic"], "magic"),
@@ -246,6 +278,8 @@ def test_help_is_quick_and_says_what_every_field_is(capsys: pytest.CaptureFixtur
         "w of Eq. 7",
         "audit/intra_gradient_error",
         "side of a training crop",
+        "a class is drawn first",
+        "Write last.ckpt also within an epoch",
         "highest learning rate",
         "Folder of the run",
         "side of a window",
