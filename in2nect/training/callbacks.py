@@ -130,6 +130,7 @@ class ScoresTable(Callback):
 
     def _show(self, trainer: lightning.Trainer, module: lightning.LightningModule, name: str) -> None:
         assert isinstance(module, SegmentationModule) and module.scores is not None
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process must ask for it
         if not trainer.is_global_zero:
             return
         from in2nect.report.figures import confusion_figure  # matplotlib, which a training does without
@@ -138,7 +139,6 @@ class ScoresTable(Callback):
         made: dict[str, Any] = {"protocol": module.protocol}
         if name == "test":
             made |= {"tta": module.tta, "seconds_per_image": module.seconds_per_image}
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         table, rows, picture = (
             folder / name for name in (f"metrics_{name}.json", f"metrics_{name}.csv", f"confusion_{name}.png")
         )

@@ -202,6 +202,10 @@ class SegmentationModule(lightning.LightningModule):
         self._log_scores("test")
         self.seconds_per_image = self._timer.seconds_per_image()
 
+    def on_predict_start(self) -> None:
+        # Every process must ask for the folder at once, and they may have unequal numbers of rasters.
+        self._predictions = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
+
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> str:
         """Predicts one raster into the folder `predictions` of the run, and prints how long it took; returns the path
         of the GeoTIFF.
@@ -219,8 +223,7 @@ class SegmentationModule(lightning.LightningModule):
 
     def prediction_path(self, source: Path) -> Path:
         """Where `predict` writes the class codes of a raster."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
-        return folder / f"{source.stem}.tif"
+        return self._predictions / f"{source.stem}.tif"
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer

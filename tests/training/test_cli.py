@@ -155,6 +155,24 @@ def test_predict_takes_augmentation_and_tells_the_time(
     assert (codes["flips"] != codes["none"]).any() and (codes["paper"] != codes["flips"]).any()
 
 
+def test_two_processes_score_and_predict_as_one(run: Path, dataset: Path, tmp_path: Path) -> None:
+    """The confusion matrix is that of all pixels, and each raster is predicted once."""
+    checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
+    options = ["--data.eval_window=48", "--data.eval_overlap=16", "--tta=flips", "--data.batch_size=3"]
+    confusions = []
+    for devices in (1, 2):
+        assert command("test", checkpoint, *options, f"--trainer.devices={devices}").returncode == 0
+        scores = json.loads((run / "metrics_test.json").read_text())
+        assert scores["seconds_per_image"] > 0
+        confusions.append(scores["confusion"])
+    assert confusions[0] == confusions[1]
+    rasters = [f"--data.predict_images={dataset / 'images'}", f"--output={tmp_path}", "--trainer.devices=2"]
+    told = command("predict", checkpoint, *rasters)
+    assert told.returncode == 0, told.stderr
+    assert [told.stdout.count(f"scene{number}.tif: ") for number in range(4)] == [1] * 4
+    assert len(list((tmp_path / "predictions").iterdir())) == 4
+
+
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_submission_to_loveda(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -382,6 +400,13 @@ def assert_same(found: object, expected: object) -> None:
             assert_same(*pair)
     else:
         assert found == expected
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `in2nect ...`, which starts processes of its own where there are several devices."""
+    line = [sys.executable, "-m", "in2nect.training.cli", *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
 
 
 def subprocess_main(arguments: list[str]) -> subprocess.CompletedProcess[str]:
