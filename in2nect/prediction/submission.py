@@ -6,6 +6,7 @@ in the zip scores 0, and a value of 7 ends the grader. The check decodes every p
 
 import argparse
 import struct
+import sys
 import warnings
 import zipfile
 import zlib
@@ -141,11 +142,17 @@ def check_classes(name: SubmissionName, num_classes: int) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks a zip from the command line; returns 0 if it can be sent, 1 if not."""
-    parser = argparse.ArgumentParser(
-        prog="in2nect data check-submission", description="Says whether LoveDA's test server would take a zip."
-    )
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Checks a zip from the command line; returns 0 if it can be sent, 2 if not.
+
+    Args:
+        arguments: ZIP [--root DIR]; None for those of the process.
+        prog: the command's name in its help.
+
+    Raises:
+        FileNotFoundError, ValueError: a root without the whole Test split, as `image_ids`.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description="Says whether LoveDA's test server would take a zip.")
     parser.add_argument("zip", type=Path, help="the submission")
     parser.add_argument("--root", type=Path, help="root of LoveDA: whether every Test image is in, and no other")
     given = parser.parse_args(arguments)
@@ -153,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = check_submission(given.zip, ids)
     if problems:
         print(f"{given.zip}: not to be sent: {_listed(problems)}")
-        return 1
+        return 2
     known = "" if ids is not None else " (which images they are was not looked at; --root does that)"
     print(f"{given.zip}: {LOVEDA.images} pictures{known}; the server will take it")
     return 0
@@ -272,3 +279,7 @@ def _listed(problems: Sequence[str]) -> str:
 def _quiet() -> warnings.catch_warnings:
     """A picture without a georeference is what is wanted here."""
     return warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

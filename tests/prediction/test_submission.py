@@ -192,6 +192,6 @@ def test_command(good: dict[str, bytes], root: Path, tmp_path: Path, capsys: pyt
     assert main([str(path), "--root", str(root)]) == 0
     assert "3 pictures; the server will take it" in capsys.readouterr().out
     bad = pack(tmp_path / "bad.zip", {**good, "4191.png": b"GIF", "x/": b""})
-    assert main([str(bad), f"--root={root}"]) == 1
+    assert main([str(bad), f"--root={root}"]) == 2
     told = capsys.readouterr().out
     assert "not to be sent: 2 problems" in told and "4191.png: not a PNG" in told and "x/: a folder" in told
