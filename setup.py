@@ -218,7 +218,7 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["in2nect", "in2nect.*"]), *in_kernels],
         package_dir={"in2nect.kernels": "kernels"},
-        package_data={"in2nect": ["py.typed"]},
+        package_data={"in2nect": ["py.typed"], "in2nect.data": ["splits/*/*.txt"]},
         ext_modules=[Extension("in2nect._C", sources=[], py_limited_api=True)] if native else [],
         cmdclass={"build_ext": NativeBuild},
         options={"bdist_wheel": {"py_limited_api": PYTHON_FLOOR}} if native else {},

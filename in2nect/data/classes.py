@@ -121,3 +121,9 @@ LOVEDA = Classes(
     colors=((255, 255, 255), (255, 0, 0), (255, 255, 0), (0, 0, 255), (159, 129, 183), (0, 255, 0), (255, 195, 128)),
 )
 """The classes and palette of LoveDA, codes as trained on (the file's value - 1)."""
+
+ISPRS = Classes(
+    names=("impervious surface", "building", "low vegetation", "tree", "car", "clutter"),
+    colors=((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0)),
+)
+"""The classes of Vaihingen and Potsdam; their label files hold these colours, and black along eroded boundaries."""

@@ -21,7 +21,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from in2nect.data.classes import Classes
-from in2nect.data.folder import LabelCheck, Pair
+from in2nect.data.coding import CodeLabels
+from in2nect.data.scenes import Pair, read_image, read_label
 from in2nect.data.windows import RasterCache
 
 Sample = dict[str, Any]
@@ -91,7 +92,7 @@ class CropDataset(Dataset[Sample]):
         self.augmentations = augmentations or Augmentations()
         self._area_below = np.cumsum([pair.height * pair.width for pair in pairs])
         self._rasters = RasterCache()
-        self._check = LabelCheck(classes)
+        self._codes = CodeLabels(classes)
 
     def __len__(self) -> int:
         return self.length
@@ -134,9 +135,8 @@ class CropDataset(Dataset[Sample]):
         row, height, above, below, rows = _place(rng, pair.height, ground, side)
         col, width, left, right, cols = _place(rng, pair.width, ground, side)
         window = (row, col, height, width)
-        image = self._rasters.read(pair.image, window, (rows, cols), nearest=False)
-        label = self._rasters.read(pair.label, window, (rows, cols), nearest=True)
-        self._check(label, pair.label)
+        image = read_image(self._rasters, pair, window, (rows, cols))
+        label = read_label(self._rasters, pair, window, (rows, cols), default=self._codes)[None]
         if (rows, cols) != (side, side):
             border = ((0, 0), (above, below), (left, right))
             image = np.pad(image, border, mode="reflect" if min(rows, cols) > 1 else "edge")

@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from in2nect.data.classes import Classes
+from in2nect.data.coding import CodeLabels
 from in2nect.data.crops import Sample
-from in2nect.data.folder import LabelCheck, Pair
+from in2nect.data.scenes import Pair, read_image, read_label
 from in2nect.data.windows import GridWindow, RasterCache, grid_windows
 
 
@@ -39,7 +40,7 @@ class GridDataset(Dataset[list[Sample]]):
             (pair, place) for pair in pairs for place in grid_windows(pair.height, pair.width, window, overlap)
         ]
         self._rasters = RasterCache()
-        self._check = LabelCheck(classes)
+        self._codes = CodeLabels(classes)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -50,8 +51,7 @@ class GridDataset(Dataset[list[Sample]]):
     def _sample(self, pair: Pair, place: GridWindow, *, scores: bool) -> Sample:
         rows, cols = place.rows, place.cols
         window = (rows.start, cols.start, rows.size, cols.size)
-        label = self._rasters.read(pair.label, window, nearest=True)[0]
-        self._check(label, pair.label)
+        label = read_label(self._rasters, pair, window, default=self._codes)
         scored = np.full_like(label, self.classes.ignore_index)
         owned = (
             slice(rows.own_start - rows.start, rows.own_stop - rows.start),
@@ -60,7 +60,7 @@ class GridDataset(Dataset[list[Sample]]):
         if scores:
             scored[owned] = label[owned]
         return {
-            "image": torch.from_numpy(self._rasters.read(pair.image, window, nearest=False)),
+            "image": torch.from_numpy(read_image(self._rasters, pair, window)),
             "label": torch.from_numpy(scored),
             "name": pair.name,
             "window": torch.tensor(window),

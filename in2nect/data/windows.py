@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
@@ -75,9 +76,26 @@ def grid_windows(height: int, width: int, window: int, overlap: int) -> list[Gri
 
 def open_raster(path: str | os.PathLike[str]) -> DatasetReader:
     """Open a raster at full resolution (no overview stands in for it), quietly where it has no georeference."""
+    with quiet_without_georeference():
+        return rasterio.open(path, OVERVIEW_LEVEL="NONE")
+
+
+def transform_of(path: str | os.PathLike[str]) -> rasterio.Affine:
+    """A raster's transform, the identity where it has none: a handle of `open_raster` then holds whatever was in
+    memory, because GDAL's view of one overview level does not fill it in.
+    """
+    with quiet_without_georeference(), rasterio.open(path) as source:
+        return source.transform
+
+
+@contextmanager
+def quiet_without_georeference() -> Iterator[None]:
+    """No warning of rasters without a georeference. Around threads that open rasters it must also stand outside: the
+    filters of warnings belong to the process, and each thread puts back those that it found.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return rasterio.open(path, OVERVIEW_LEVEL="NONE")
+        yield
 
 
 class RasterCache:
@@ -92,26 +110,34 @@ class RasterCache:
         self._open: OrderedDict[Path, DatasetReader] = OrderedDict()
 
     def read(
-        self, path: Path, window: tuple[int, int, int, int], shape: tuple[int, int] | None = None, *, nearest: bool
-    ) -> NDArray[np.uint8]:
-        """Read a window (row, col, height, width) in pixels, every band, resampled to `shape` (height, width) if that
-        differs.
+        self,
+        path: Path,
+        window: tuple[int, int, int, int],
+        shape: tuple[int, int] | None = None,
+        *,
+        nearest: bool,
+        bands: Sequence[int] | None = None,
+    ) -> NDArray[Any]:
+        """Read a window (row, col, height, width) in pixels, resampled to `shape` (height, width) if that differs.
 
         Args:
             nearest: nearest neighbour (labels) or, where it is false, bilinear with antialiasing (images).
+            bands: 1-based bands in the order they are wanted; None for all.
 
         Returns:
-            (bands, height, width) uint8.
+            (bands, height, width) in the raster's own type: uint8, or that of an elevation.
 
         Raises:
             OSError: the file cannot be read there, naming it.
         """
         row, col, height, width = window
         source = self._get(path)
+        indexes = list(bands or source.indexes)
         try:
             return source.read(
+                indexes,
                 window=Window(col, row, width, height),
-                out_shape=(source.count, *(shape or (height, width))),
+                out_shape=(len(indexes), *(shape or (height, width))),
                 resampling=Resampling.nearest if nearest else Resampling.bilinear,
             )
         except RasterioIOError as error:  # rasterio names neither the file nor the place

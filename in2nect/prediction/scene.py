@@ -22,7 +22,7 @@ from rasterio.windows import Window
 from torch import Tensor
 
 from in2nect.data.classes import Classes
-from in2nect.data.windows import axis_spans, open_raster
+from in2nect.data.windows import axis_spans, open_raster, transform_of
 from in2nect.files import replacing
 from in2nect.prediction.augmentation import AugmentationName, Model, class_probabilities, views
 
@@ -168,7 +168,7 @@ def _profile(raster: DatasetReader, classes: Classes) -> dict[str, object]:
         "width": raster.width,
         "height": raster.height,
         "crs": raster.crs,
-        "transform": raster.transform,
+        "transform": transform_of(raster.name),
         "nodata": classes.ignore_index,
         "tiled": True,
         "blockxsize": _BLOCK,

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 
 _COMMANDS = {
-    "fit": "train a network on a folder of images and labels",
+    "fit": "train a network on LoveDA, Vaihingen, Potsdam or a folder of your own",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split, at native resolution",
     "predict": "write class codes of whole rasters as GeoTIFFs",
+    "data": "check, prepare or download a data set",
     "demo": "train with and without the losses on a synthetic scene, and compare",
     "doctor": "show versions, devices and which backends work",
 }
@@ -44,6 +45,10 @@ def _run(arguments: list[str]) -> int:
         from in2nect.training.doctor import main as doctor
 
         return doctor(rest)
+    if command == "data":
+        from in2nect.data.command import main as data
+
+        return data(rest)
     if command == "demo":
         from in2nect.demo import main as demo
 

@@ -1,4 +1,4 @@
-"""A folder data set as a LightningDataModule: random crops to train on, grids to evaluate, whole rasters to predict.
+"""A data set as a LightningDataModule: random crops to train on, grids to evaluate, whole rasters to predict.
 
 Batches are a function of (seed, epoch) alone: neither the number of workers nor a resume changes them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -17,21 +17,34 @@ from torch.utils.data import DataLoader, Dataset
 
 from in2nect.data.classes import Classes
 from in2nect.data.crops import Augmentations, CropDataset, CropSampler, collate
-from in2nect.data.folder import IMAGE_SUFFIXES, split_images, split_names, split_pairs
+from in2nect.data.datasets import DataSet, DatasetName, LayoutSettings, classes_of, open_dataset
+from in2nect.data.folder import IMAGE_SUFFIXES
 from in2nect.data.grid import GridDataset, ShapeBatchSampler
+from in2nect.data.scenes import Pair, Problem, band_count, examine, problem_error
 
 
 class FolderDataModule(lightning.LightningDataModule):
     """Images and labels in a folder.
 
-    It holds images/, labels/ and split.csv (columns image and split; the splits are train, val and test).
+    As `dataset: folder` it holds images/, labels/ and split.csv (columns image and split; the splits are train, val and
+    test); docs/data.md says how the others are laid out.
 
     Training and evaluation batches are dict(image=uint8 (B, C, H, W), label=uint8 (B, H, W), name=list of B,
     window=(B, 4) as row, col, height, width); a prediction item is dict(path=str).
 
     Args:
         root: the folder; `predict` needs none where `predict_images` is given.
-        classes: YAML with the class names, colours and ignored code; root/classes.yaml where it is not given.
+        classes: YAML with the class names, colours and ignored code; where it is not given, those of the data set, or
+            root/classes.yaml of a folder.
+        dataset: folder, loveda, vaihingen or potsdam.
+        layout: which files of it are taken.
+        bands: the bands of an image, counted from 1, in the order the network takes them; all where it is not given.
+            Their number, and one for layout.elevation, is model.in_channels.
+        mean: what is taken off each band, on the scale where an image is 0..1; where it is not given, what the encoder
+            was trained with (`in2nect data check` prints that of a data set).
+        std: what each band is then divided by.
+        on_bad_file: what happens where a file is missing, cannot be opened or does not fit: error stops before the
+            first step and lists all of them, skip leaves their scenes out and says how many.
         batch_size: crops or windows a batch, on each device.
         crop_size: side of a training crop, in pixels.
         samples_per_epoch: training crops an epoch, over all devices; where it is not given, as many as cover the
@@ -49,6 +62,12 @@ class FolderDataModule(lightning.LightningDataModule):
         self,
         root: str | os.PathLike[str] | None = None,
         classes: str | os.PathLike[str] | None = None,
+        dataset: DatasetName = "folder",
+        layout: LayoutSettings = LayoutSettings(),  # noqa: B008 - frozen
+        bands: tuple[int, ...] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        on_bad_file: Literal["error", "skip"] = "error",
         batch_size: int = 8,
         crop_size: int = 512,
         samples_per_epoch: int | None = None,
@@ -61,6 +80,8 @@ class FolderDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self._root, self._classes_file = root, classes
+        self.dataset, self.layout, self.bands, self.on_bad_file = dataset, layout, bands, on_bad_file
+        self.mean, self.std = _normalisation(mean, std)
         self.batch_size, self.crop_size, self.samples_per_epoch = batch_size, crop_size, samples_per_epoch
         self.eval_window, self.eval_overlap = eval_window, eval_overlap
         self.num_workers, self.seed, self.augmentations = num_workers, seed, augmentations
@@ -75,8 +96,20 @@ class FolderDataModule(lightning.LightningDataModule):
             ValueError: none was given.
         """
         if self._root is None:
-            raise ValueError("data.root is not given; set it to a folder of images/, labels/ and split.csv")
+            raise ValueError(
+                "data.root is not given; set it to a folder of images/, labels/ and split.csv, or, with "
+                "data.dataset, to that of a published data set"
+            )
         return Path(self._root)
+
+    @cached_property
+    def source(self) -> DataSet:
+        """The data set: its scenes by split.
+
+        Raises:
+            FileNotFoundError, ValueError: as `datasets.open_dataset`.
+        """
+        return open_dataset(self.dataset, self.root, classes=self._classes_file, bands=self.bands, layout=self.layout)
 
     @cached_property
     def classes(self) -> Classes:
@@ -85,27 +118,26 @@ class FolderDataModule(lightning.LightningDataModule):
         Raises:
             FileNotFoundError, ValueError: no class file, or as `Classes.from_yaml`.
         """
-        if self._classes_file is not None:
-            return Classes.from_yaml(self._classes_file)
-        path = self.root / "classes.yaml"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: missing, and no other class file given; set `classes` to a YAML of classes"
-            )
-        return Classes.from_yaml(path)
+        needs_root = self.dataset == "folder" and self._classes_file is None
+        return classes_of(self.dataset, self.root if needs_root else None, self._classes_file)
 
     def setup(self, stage: str) -> None:
         """Read the headers of the splits that a stage (fit, validate, test, predict) needs.
 
         Raises:
-            FileNotFoundError, ValueError: as `folder.split_pairs`; no raster to predict.
+            FileNotFoundError, ValueError: files that are not usable, all of them listed; another number of bands than
+                the network takes; no raster to predict.
         """
         if stage == "fit":
-            self.train = self._crops()
-        if stage == "validate" or (stage == "fit" and self._validates()):
-            self.val = self._grid("val")
+            splits = ["train", "val"] if self._validates() else ["train"]
+            pairs = self._pairs(splits)
+            self.train = self._crops(pairs["train"])
+            if "val" in pairs:
+                self.val = self._grid(pairs["val"])
+        if stage == "validate":
+            self.val = self._grid(self._pairs(["val"])["val"])
         if stage == "test":
-            self.test = self._grid("test")
+            self.test = self._grid(self._pairs(["test"])["test"])
         if stage == "predict":
             self.predict = RasterPaths(self._rasters_to_predict())
 
@@ -128,16 +160,60 @@ class FolderDataModule(lightning.LightningDataModule):
 
     def _validates(self) -> bool:
         """Whether there is anything to validate on; a training goes on without."""
-        if "val" in split_names(self.root):
+        if "val" in self.source.splits():
             return True
-        rank_zero_warn(
-            f"{self.root / 'split.csv'} has no image in split 'val': the training is not validated and there will be "
-            "no best.ckpt; use last.ckpt"
-        )
+        if self.layout.train_on == "train+val":
+            why = "data.layout.train_on is train+val"
+        else:
+            why = f"{self.layout.splits or self.root / 'split.csv'} has no image in split 'val'"
+        rank_zero_warn(f"{why}: the training is not validated and there will be no best.ckpt; use last.ckpt")
         return False
 
-    def _crops(self) -> CropDataset:
-        pairs = split_pairs(self.root, "train")
+    def _pairs(self, splits: list[str]) -> dict[str, list[Pair]]:
+        """The labelled scenes of splits, whose headers were checked."""
+        pairs: dict[str, list[Pair]] = {}
+        problems: list[Problem] = []
+        for split in splits:
+            scenes = self.source.scenes(split)
+            if all(scene.label is None for scene in scenes):
+                raise ValueError(
+                    f"{self.root}: the labels of {self.dataset}'s split {split!r} are not public, so it cannot be "
+                    "scored here; use `in2nect validate`, or `in2nect predict` for the images"
+                )
+            pairs[split], found = examine(scenes, self.source.reading)
+            problems += found
+            if found and self.on_bad_file == "skip":
+                left = len(scenes) - len(pairs[split])
+                rank_zero_warn(
+                    f"split {split!r}: {left} of {len(scenes)} scenes left out (data.on_bad_file is skip), the first "
+                    f"because of {found[0].message}"
+                )
+                if not pairs[split]:
+                    raise ValueError(f"split {split!r}: no scene is left; `in2nect data check` lists what is wrong")
+        if problems and self.on_bad_file == "error":
+            more = f"\n`in2nect data check {self.root} --dataset {self.dataset}` reads every file through; "
+            raise problem_error(problems, f"{more}data.on_bad_file=skip leaves such scenes out")
+        self._check_channels([pair for found in pairs.values() for pair in found])
+        return pairs
+
+    def _check_channels(self, pairs: list[Pair]) -> None:
+        """Refuses images of another number of bands than the network takes, before the first step meets them."""
+        if self.trainer is None:
+            return
+        expected = getattr(self.trainer.lightning_module, "in_channels", None)
+        extra = int(self.layout.elevation)
+        found = (len(self.bands) if self.bands is not None else band_count(pairs[0].image)) + extra
+        if expected is not None and found != expected:
+            how = f"data.bands {list(self.bands)}" if self.bands is not None else str(pairs[0].image)
+            raise ValueError(
+                f"{how} gives {found} bands{' (the elevation is one of them)' if extra else ''}, and "
+                f"model.in_channels is {expected}; set model.in_channels to {found}, or choose {expected - extra} "
+                "bands with data.bands"
+            )
+        if self.mean is not None and len(self.mean) != found:
+            raise ValueError(f"data.mean has {len(self.mean)} values for {found} bands; give one a band")
+
+    def _crops(self, pairs: list[Pair]) -> CropDataset:
         pixels = sum(pair.height * pair.width for pair in pairs)
         length = self.samples_per_epoch
         if length is None:
@@ -154,8 +230,7 @@ class FolderDataModule(lightning.LightningDataModule):
             augmentations=self.augmentations,
         )
 
-    def _grid(self, split: str) -> GridDataset:
-        pairs = split_pairs(self.root, split)
+    def _grid(self, pairs: list[Pair]) -> GridDataset:
         return GridDataset(pairs, self.classes, window=self.eval_window, overlap=self.eval_overlap)
 
     def _grid_loader(self, dataset: GridDataset) -> DataLoader[Any]:
@@ -178,9 +253,14 @@ class FolderDataModule(lightning.LightningDataModule):
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _rasters_to_predict(self) -> list[Path]:
+        if self.layout.elevation:
+            raise ValueError(
+                "data.layout.elevation: whole scenes are predicted from one raster, which holds no elevation; write it "
+                "into the images as a band of theirs, and train with `dataset: folder`"
+            )
         given = self.predict_images
         if given is None:
-            return split_images(self.root, "test")
+            return self.source.images("test")
         paths = [Path(path) for path in given] if isinstance(given, list) else [Path(given)]
         if len(paths) == 1 and paths[0].is_dir():
             folder = paths[0]
@@ -207,3 +287,13 @@ class RasterPaths(Dataset[dict[str, str]]):
 
     def __getitem__(self, number: int) -> dict[str, str]:
         return {"path": str(self.paths[number])}
+
+
+def _normalisation(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
+        raise ValueError(f"data.mean: {mean}, data.std: {std}; give both, one value a band, or neither")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"data.std: {list(std)}; expected values above 0")
+    return mean, std

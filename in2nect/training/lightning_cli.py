@@ -4,6 +4,7 @@ folder for all that a run writes.
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ class TrainingCLI(LightningCLI):
         for name in ("root", "classes"):  # config.yaml is read from other working directories too
             if config.data[name] is not None:
                 config.data[name] = os.path.abspath(config.data[name])
+        if config.data.layout.splits is not None:
+            config.data.layout.splits = os.path.abspath(config.data.layout.splits)
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. To evaluate or predict, it says what the network is; for `fit` the module compares, so
@@ -153,7 +156,10 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        self.model.prediction = self._get(self.config_init, "prediction")
+        prediction = self._get(self.config_init, "prediction")
+        if prediction.bands is None:  # those that the network was trained on
+            prediction = replace(prediction, bands=self.datamodule.bands)
+        self.model.prediction = prediction
         self.model.protocol = self._get(self.config_init, "protocol")
         self.model.tta = self._get(self.config_init, "tta")
 

@@ -143,7 +143,10 @@ class SegmentationModule(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage != "predict":  # for which the checkpoint's own classes are enough
-            self.build(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.build(data.classes)
+            if getattr(data, "mean", None) is not None:  # else the encoder's; a checkpoint brings its own
+                self.input_mean, self.input_std = _per_channel(data.mean), _per_channel(data.std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of uint8 images (B, C, H, W) of any size."""

@@ -99,7 +99,8 @@ class PredictionSettings:
         window: side of a window in pixels.
         overlap: pixels over which neighbouring windows are blended.
         batch_size: windows a forward pass.
-        bands: the bands of a raster, counted from 1, in the order of the training images; null for all.
+        bands: the bands of a raster, counted from 1, in the order of the training images; null for
+            data.bands, or all.
         colour_png: beside each GeoTIFF of class codes, write a PNG in the classes' colours.
     """
 

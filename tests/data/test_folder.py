@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from in2nect.data.classes import Classes
-from in2nect.data.folder import LabelCheck, split_images, split_pairs
+from in2nect.data.coding import CodeLabels
+from in2nect.data.folder import split_images, split_pairs
 
 SPLITS = ["train", "train", "val", "test"]
 SIZES = [(40, 50), (33, 33), (20, 30), (25, 64)]
@@ -133,14 +134,14 @@ def test_foreign_label_codes_are_named_counted_and_located(tmp_path: Path, write
     label[5, 6] = 77
     label[0] = classes.ignore_index
     path = write_raster(tmp_path / "label.tif", label)
-    check = LabelCheck(classes)
-    check(label[10:200], path)
+    check = CodeLabels(classes)
+    check(label[None, 10:200], path)
     message = (
         r"label\.tif: code 3 on 10 pixels, one at row 270, column 4; code 77 on 1 pixel, one at row 5, column 6\. "
         r"Expected 0\.\.2 \(land, water, wood\) or 255"
     )
     with pytest.raises(ValueError, match=message):
-        check(label[5:6], path)
+        check(label[None, 5:6], path)
 
 
 def test_dubai_layout(make_folder, write_raster) -> None:

@@ -165,3 +165,11 @@ def test_errors_say_what_to_do_and_leave_nothing_behind(tmp_path: Path, image: n
     with pytest.raises(ValueError, match=r"expected logits \(1, 3, 123, 205\)"):
         predict_raster(lambda images: images[:, :1, ::2], source, target, classes=CLASSES)
     assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_scene_without_georeference_gets_none(tmp_path: Path, image: np.ndarray) -> None:
+    source = write(tmp_path / "scene.tif", image)
+    predict_raster(pixelwise, source, tmp_path / "codes.tif", classes=CLASSES, window=64, overlap=16)
+    with rasterio.open(tmp_path / "codes.tif") as codes:
+        assert codes.crs is None and codes.transform == rasterio.Affine.identity()

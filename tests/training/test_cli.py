@@ -305,7 +305,7 @@ def test_a_backend_that_cannot_run_here_is_told_before_training(
     ("arguments", "message"),
     [
         (["fly"], "expected one of fit"),
-        (["fit", "--data.root=/nowhere"], "/nowhere/labels: no such folder"),
+        (["fit", "--data.root=/nowhere"], "/nowhere: no such folder"),
         (["fit", "--data.root=DATA", "--model.network=segnet"], "unknown model 'segnet'; expected one of"),
         (["fit", "--data.root=DATA", "--model.tuning.weigth=1"], "model.tuning.weigth"),
         (["fit", "--data.root=DATA", "--model.tuning.estimator=magic"], "magic"),
