@@ -152,10 +152,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     Raises:
         FileNotFoundError, ValueError: a root without the whole Test split, as `image_ids`.
     """
-    parser = argparse.ArgumentParser(prog=prog, description="Says whether LoveDA's test server would take a zip.")
-    parser.add_argument("zip", type=Path, help="the submission")
-    parser.add_argument("--root", type=Path, help="root of LoveDA: whether every Test image is in, and no other")
-    given = parser.parse_args(arguments)
+    given = command_parser(prog).parse_args(arguments)
     ids = None if given.root is None else image_ids(given.root)
     problems = check_submission(given.zip, ids)
     if problems:
@@ -164,6 +161,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     known = "" if ids is not None else " (which images they are was not looked at; --root does that)"
     print(f"{given.zip}: {LOVEDA.images} pictures{known}; the server will take it")
     return 0
+
+
+def command_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options of `main`."""
+    parser = argparse.ArgumentParser(prog=prog, description="Says whether LoveDA's test server would take a zip.")
+    parser.add_argument("zip", type=Path, help="the submission")
+    parser.add_argument("--root", type=Path, help="root of LoveDA: whether every Test image is in, and no other")
+    return parser
 
 
 def _wrong_names(names: Sequence[str], rules: Rules, ids: Collection[str] | None) -> Iterator[str]:
