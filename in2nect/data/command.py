@@ -1,4 +1,6 @@
-"""`in2nect data check | prepare | download`: the command lines over `check`, `prepare` and `download`."""
+"""`in2nect data check | prepare | download | check-submission`: the command lines over `check`, `prepare`, `download`
+and `prediction.submission`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ if TYPE_CHECKING:
 
     from in2nect.data.check import Report, SplitReport
 
+_SUBMISSION = "check-submission"
 _SUMMARY = """usage: in2nect data COMMAND [OPTIONS]
 
   check     read every file of a data set and say what is in it and what is wrong
   prepare   rewrite rasters as tiled, compressed GeoTIFFs with overviews
   download  fetch LoveDA, prove it and unpack it
+  check-submission  say whether LoveDA's test server would take a zip of predictions
 
 in2nect data COMMAND --help explains the options of one; all of them follow. docs/data.md tells how the data sets
 are laid out. None of them comes with in2nect: each has a licence of its own.
@@ -86,15 +90,28 @@ def main(arguments: Sequence[str]) -> int:
     """Runs `in2nect data` with its arguments; returns 0, or 2 where something is wrong with the data."""
     commands = {"check": _check, "prepare": _prepare, "download": _download}
     command, *rest = list(arguments) or [""]
+    if command == _SUBMISSION:
+        from in2nect.prediction.submission import main as check_submission
+
+        return check_submission(rest, f"in2nect data {_SUBMISSION}")
     if command in ("", "-h", "--help"):
         print(_SUMMARY)
         for name in commands:
             _parser(name).print_help()
             print()
+        _submission_help()
         return 0 if command else 2
     if command not in commands:
-        raise ValueError(f"in2nect data has no command {command!r}; expected one of {', '.join(commands)}")
+        raise ValueError(
+            f"in2nect data has no command {command!r}; expected one of {', '.join([*commands, _SUBMISSION])}"
+        )
     return commands[command](rest)
+
+
+def _submission_help() -> None:
+    from in2nect.prediction.submission import command_parser
+
+    command_parser(f"in2nect data {_SUBMISSION}").print_help()
 
 
 def _parser(command: str) -> ArgumentParser:

@@ -1,5 +1,5 @@
-"""Segmentation scores from one streamed confusion matrix: per-class IoU, F1, precision and recall, their means, and
-overall accuracy.
+"""Segmentation scores from one streamed confusion matrix: per-class IoU, F1, precision and recall, their means under
+an evaluation protocol, and overall accuracy.
 
 Every score is a ratio of integers of the same matrix, so they agree with one another, and a sum of matrices over
 batches and ranks is the matrix of all pixels. Cost: one integer histogram of K^2 bins an update; K^2 numbers of
@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from in2nect.metrics.protocols import Protocol, averaged_classes
+
 
 class SegmentationScores(NamedTuple):
-    """Scores of a confusion matrix. A class that a ratio says nothing about (a zero denominator) is NaN and left out
-    of the means.
+    """Scores of a confusion matrix.
+
+    A ratio with a zero denominator says nothing and is NaN. So a class that is neither labelled nor predicted is out
+    of every mean, while one that is predicted and never labelled has an IoU and an F1 of 0 and counts in them.
 
     Attributes:
         confusion: int64 (K, K); row: labelled class, column: predicted class.
@@ -24,9 +28,12 @@ class SegmentationScores(NamedTuple):
         f1: float64 (K,), 2 TP / (2 TP + FP + FN).
         precision: float64 (K,), TP / (TP + FP).
         recall: float64 (K,), TP / (TP + FN).
-        mean_iou: float64 scalar, the mean of `iou` over the classes that are not NaN.
+        mean_iou: float64 scalar, the mean of `iou` over the averaged classes that are not NaN.
         mean_f1: float64 scalar, likewise of `f1` (the field's "AF").
-        overall_accuracy: float64 scalar, correct pixels / scored pixels.
+        overall_accuracy: float64 scalar, correct pixels / scored pixels, of all classes.
+        averaged: bool (K,), the classes that the protocol takes its means over.
+        mean_iou_all: float64 scalar, as `mean_iou` over every class.
+        mean_f1_all: float64 scalar, as `mean_f1` over every class.
     """
 
     confusion: Tensor
@@ -37,17 +44,38 @@ class SegmentationScores(NamedTuple):
     mean_iou: Tensor
     mean_f1: Tensor
     overall_accuracy: Tensor
+    averaged: Tensor
+    mean_iou_all: Tensor
+    mean_f1_all: Tensor
 
     @classmethod
-    def from_confusion(cls, confusion: Tensor) -> "SegmentationScores":
-        """Computes every score from a (K, K) matrix of pixel counts, row: label, column: prediction."""
+    def from_confusion(cls, confusion: Tensor, averaged: Sequence[bool] | None = None) -> "SegmentationScores":
+        """Computes every score from a matrix of pixel counts.
+
+        Args:
+            confusion: int64 (K, K), row: label, column: prediction.
+            averaged: whether each class is part of the means, `protocols.averaged_classes`; None for all of them.
+        """
         counts = confusion.double()
         correct, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         # A zero denominator means 0 / 0 in every ratio below, hence NaN.
         iou = correct / (labelled + predicted - correct)
         f1 = 2 * correct / (labelled + predicted)
         accuracy = correct.sum() / counts.sum()
-        return cls(confusion, iou, f1, correct / predicted, correct / labelled, iou.nanmean(), f1.nanmean(), accuracy)
+        chosen = torch.tensor([True] * len(iou) if averaged is None else list(averaged), device=confusion.device)
+        return cls(
+            confusion=confusion,
+            iou=iou,
+            f1=f1,
+            precision=correct / predicted,
+            recall=correct / labelled,
+            mean_iou=iou[chosen].nanmean(),
+            mean_f1=f1[chosen].nanmean(),
+            overall_accuracy=accuracy,
+            averaged=chosen,
+            mean_iou_all=iou.nanmean(),
+            mean_f1_all=f1.nanmean(),
+        )
 
     def to_dict(self, names: Sequence[str] | None = None) -> dict[str, Any]:
         """The scores as plain numbers, ready for JSON (NaN becomes None).
@@ -56,13 +84,16 @@ class SegmentationScores(NamedTuple):
             names: a name for each class; None for "0", "1", ...
         """
         labels = _class_names(names, len(self.iou))
-        pixels = self.confusion.sum(1).tolist()
+        averaged, pixels = self.averaged.tolist(), self.confusion.sum(1).tolist()
         columns = [_plain(self.iou), _plain(self.f1), _plain(self.precision), _plain(self.recall), pixels]
         keys = ("iou", "f1", "precision", "recall", "pixels")
         return {
             "mean_iou": _plain(self.mean_iou),
             "mean_f1": _plain(self.mean_f1),
             "overall_accuracy": _plain(self.overall_accuracy),
+            "averaged": [name for name, part in zip(labels, averaged, strict=True) if part],
+            "mean_iou_all": _plain(self.mean_iou_all),
+            "mean_f1_all": _plain(self.mean_f1_all),
             "classes": {name: dict(zip(keys, row, strict=True)) for name, *row in zip(labels, *columns, strict=True)},
             "confusion": self.confusion.tolist(),
         }
@@ -75,9 +106,11 @@ class SegmentationMetrics(Metric):
         num_classes: K, at least 2.
         names: a name for each class, for tables; None for "0", "1", ...
         ignore_index: the label that is not scored.
+        protocol: which classes the means are taken over: all, loveda (all, of its 7 classes) or isprs (all but
+            clutter, of its 6).
 
     Raises:
-        ValueError: fewer than 2 classes, or as many names as there are not classes.
+        ValueError: fewer than 2 classes, another number of names, or classes that are not those of the protocol.
     """
 
     is_differentiable = False
@@ -85,13 +118,21 @@ class SegmentationMetrics(Metric):
     full_state_update = False
     confusion: Tensor
 
-    def __init__(self, num_classes: int, names: Sequence[str] | None = None, ignore_index: int = 255) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        names: Sequence[str] | None = None,
+        ignore_index: int = 255,
+        protocol: Protocol = "all",
+    ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; segmentation scores need at least 2 classes")
         self.num_classes = num_classes
         self.names = _class_names(names, num_classes)
         self.ignore_index = ignore_index
+        self.protocol = protocol
+        self.averaged = averaged_classes(protocol, self.names)
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
@@ -123,7 +164,7 @@ class SegmentationMetrics(Metric):
 
     def compute(self) -> SegmentationScores:
         """The scores of everything accumulated so far."""
-        return SegmentationScores.from_confusion(self.confusion)
+        return SegmentationScores.from_confusion(self.confusion, self.averaged)
 
     def _check_range(self, codes: Tensor, what: str) -> None:
         outside = codes[(codes < 0) | (codes >= self.num_classes)]

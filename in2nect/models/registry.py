@@ -43,11 +43,13 @@ class SegmentationModel(nn.Module, ABC):
     Attributes:
         representation: the declared tap.
         input_mean, input_std: per channel, on the scale where the image is 0..1; the caller normalises.
+        size_multiple: the sides of an image must be multiples of it; 1 where any size will do.
     """
 
     representation: Representation
     input_mean: tuple[float, ...]
     input_std: tuple[float, ...]
+    size_multiple: int = 1
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ they are finished.
 
 One row of windows is held at a time: K x window x (width of the raster) float32 values, whatever the raster's height
 (7 classes, window 512, 50,000 pixels wide: 0.7 GB). Windows are shifted back at the edge instead of padded, so no
-network input is ever made up.
+network input is ever made up, but for networks that take certain sizes alone (`sizes.any_size`).
 """
 
 import math
@@ -24,11 +24,9 @@ from torch import Tensor
 from in2nect.data.classes import Classes
 from in2nect.data.windows import axis_spans, open_raster, transform_of
 from in2nect.files import replacing
+from in2nect.prediction.augmentation import AugmentationName, Model, class_probabilities, views
 
 _BLOCK = 256  # side of a GeoTIFF tile in pixels: the customary size for cloud-optimised readers
-
-Model = Callable[[Tensor], Tensor]
-"""(B, C, H, W) uint8 image windows to (B, K, H, W) logits."""
 
 
 def predict_raster(
@@ -43,6 +41,7 @@ def predict_raster(
     device: torch.device | str = "cpu",
     bands: Sequence[int] | None = None,
     colour_png: bool = False,
+    tta: AugmentationName = "none",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Predicts every pixel of a raster and writes the class codes as a tiled, compressed GeoTIFF with the source's
@@ -52,7 +51,9 @@ def predict_raster(
     target's nodata value.
 
     Args:
-        model: (B, C, H, W) uint8 windows on `device` to (B, K, H, W) logits; called without gradients.
+        model: (B, C, H, W) uint8 windows on `device` to (B, K, H, W) logits; called without gradients. The sides of a
+            window are `window` or, where it is smaller, the raster's; a network that takes certain sizes alone is
+            wrapped in `sizes.any_size`.
         source: a raster of uint8 bands that rasterio can open, with or without a CRS, of any size.
         target: the GeoTIFF to write; an existing file is replaced once the new one is complete.
         classes: names, colours (the target's palette) and `ignore_index`.
@@ -62,16 +63,18 @@ def predict_raster(
         device: where windows are sent.
         bands: 1-based bands to read, in the model's channel order; None for all.
         colour_png: also write `target` with the suffix .png, in the classes' colours.
+        tta: test-time augmentation of every window: none, flips, or paper (flips and scales).
         progress: called with (finished, total) rows of windows.
 
     Returns:
         The path of the GeoTIFF.
 
     Raises:
-        ValueError: an overlap outside 0..window-1, bands that are not uint8, source and target that are the same
-            file, or logits of another shape than expected.
+        ValueError: an overlap outside 0..window-1, an unknown `tta`, bands that are not uint8, source and target that
+            are the same file, or logits of another shape than expected.
         rasterio.errors.RasterioIOError: the source cannot be read.
     """
+    views(tta)  # a name that is wrong is told before anything is opened
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
         raise ValueError(f"{target} is both source and target; give another output folder")
@@ -81,7 +84,7 @@ def predict_raster(
         with rasterio.open(partial, "w", **_profile(raster, classes)) as output:
             output.write_colormap(1, _palette(classes))
             for row, codes in _bands_of_codes(
-                model, raster, bands, classes.num_classes, window, overlap, batch_size, device, progress
+                model, raster, bands, classes.num_classes, tta, window, overlap, batch_size, device, progress
             ):
                 rows = Window(0, row, raster.width, len(codes))
                 codes[raster.dataset_mask(window=rows) == 0] = classes.ignore_index
@@ -110,6 +113,7 @@ def _bands_of_codes(
     raster: DatasetReader,
     bands: tuple[int, ...],
     num_classes: int,
+    tta: AugmentationName,
     window: int,
     overlap: int,
     batch_size: int,
@@ -127,7 +131,7 @@ def _bands_of_codes(
             group = columns[first : first + batch_size]
             windows = [raster.read(bands, window=Window(column, row, width, height)) for column in group]
             images = torch.from_numpy(np.stack(windows)).to(device)
-            blended = (_probabilities(model, images, num_classes) * weight).cpu()
+            blended = (_probabilities(model, images, num_classes, tta) * weight).cpu()
             for column, part in zip(group, blended, strict=True):
                 scores[:, :, column : column + width] += part
         finished = following - row  # rows that no later window touches
@@ -140,15 +144,8 @@ def _bands_of_codes(
 
 
 @torch.inference_mode()
-def _probabilities(model: Model, images: Tensor, num_classes: int) -> Tensor:
-    logits = model(images)
-    expected = (len(images), num_classes, *images.shape[2:])
-    if tuple(logits.shape) != expected:
-        raise ValueError(
-            f"the model returned {tuple(logits.shape)} for windows of shape {tuple(images.shape)}; "
-            f"expected logits {expected}"
-        )
-    return logits.float().softmax(1)
+def _probabilities(model: Model, images: Tensor, num_classes: int, tta: AugmentationName) -> Tensor:
+    return class_probabilities(model, images, num_classes, tta)
 
 
 def _check_bands(raster: DatasetReader, bands: tuple[int, ...]) -> None:

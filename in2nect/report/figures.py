@@ -1,5 +1,5 @@
 """The comparison picture: a scene beside its labels and every run's prediction, IoU per class, losses, and how far
-the class means have collapsed.
+the class means have collapsed. And the confusion matrix of one run.
 
 matplotlib without a display, and without pyplot's global state. About two seconds.
 """
@@ -25,6 +25,9 @@ _RUN_COLORS = ("#8c8c8c", "#c44e52", "#4c72b0", "#55a868")  # first the baseline
 _IGNORED = (0, 0, 0)
 _SMOOTHING = 0.8  # of the exponential mean that is drawn over the raw losses
 _FONT = 9
+_CELL = 0.86  # inches: eleven characters, the pixels of a whole data set, in the font of its count
+_LARGEST_MATRIX = 22.0  # inches; beyond it, at 26 classes, cells are too small to write in
+_NOTHING = "#dddddd"  # a class that is not labelled has no shares
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,47 @@ def comparison_figure(
         figure.savefig(partial)
 
 
+def confusion_figure(
+    target: str | Path, *, confusion: NDArray[np.int64], names: Sequence[str], title: str, subtitle: str = ""
+) -> None:
+    """Draws a confusion matrix: coloured by the share of the labelled class (a row adds up to 100 %), with that share
+    and the pixels written in each cell.
+
+    Args:
+        target: the picture; its suffix chooses the format.
+        confusion: (K, K) pixels; row: labelled class, column: predicted class.
+        names: of the classes.
+        title, subtitle: above it; the second is small.
+    """
+    count = len(names)
+    labelled = confusion.sum(1, keepdims=True)
+    shares = np.divide(confusion, labelled, out=np.full(confusion.shape, np.nan), where=labelled > 0)
+    side = max(3.0, min(_CELL * count, _LARGEST_MATRIX))
+    figure = Figure(figsize=(side + 3.2, side + 2.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor(_NOTHING)
+    picture = axes.imshow(np.ma.masked_invalid(100 * shares), vmin=0, vmax=100, cmap="Blues")
+    axes.set_xticks(range(count), names, rotation=35, ha="right", rotation_mode="anchor", fontsize=_FONT)
+    axes.set_yticks(range(count), names, fontsize=_FONT)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("labelled")
+    axes.tick_params(length=0)
+    axes.set_xticks(np.arange(1, count) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, count) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+    if _CELL * count <= _LARGEST_MATRIX:
+        for (row, column), share in np.ndenumerate(shares):
+            _cell(axes, row, column, share, int(confusion[row, column]))
+    axes.set_title(subtitle, fontsize=_FONT, loc="left", color="#555555")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    bar = figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02)
+    bar.set_label("% of the labelled class", fontsize=_FONT)
+    bar.ax.tick_params(labelsize=_FONT)
+    with replacing(target) as partial:
+        figure.savefig(partial)
+
+
 def paint(codes: NDArray[np.uint8], classes: Classes) -> NDArray[np.uint8]:
     """(H, W, 3) colours of (H, W) class codes; ignored pixels are black."""
     palette = np.zeros((256, 3), dtype=np.uint8)
@@ -104,6 +148,13 @@ def smoothed(curve: Curve) -> list[float]:
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
         result.append(mean / weight)
     return result
+
+
+def _cell(axes: Axes, row: int, column: int, share: float, pixels: int) -> None:
+    color = "white" if share > 0.55 else "#222222"
+    text = "–" if np.isnan(share) else f"{100 * share:.1f} %"
+    axes.text(column, row - 0.13, text, ha="center", va="center", color=color, fontsize=_FONT)
+    axes.text(column, row + 0.21, f"{pixels:,}", ha="center", va="center", color=color, fontsize=7.5)
 
 
 def _picture(axes: Axes, picture: NDArray[np.uint8], caption: str) -> None:

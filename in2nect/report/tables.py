@@ -1,7 +1,9 @@
-"""Tables of segmentation scores: one run on the console, and several runs side by side on the console and as
-Markdown. Rich alone.
+"""Tables of segmentation scores: one run on the console and as CSV, and several runs side by side on the console and
+as Markdown. Rich alone.
 """
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +15,8 @@ _SUMMARIES = {"mIoU": "mean_iou", "mean F1": "mean_f1", "OA": "overall_accuracy"
 
 
 def scores_table(scores: SegmentationScores, names: Sequence[str], title: str) -> Table:
-    """Per-class IoU, F1, precision, recall and share of the pixels, then mIoU, mean F1 and overall accuracy, in per
-    cent.
+    """Per-class IoU, F1, precision, recall and share of the pixels, then mIoU and AF of the protocol's classes (and,
+    where it leaves some out, of all), and overall accuracy, in per cent.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("class")
@@ -24,9 +26,37 @@ def scores_table(scores: SegmentationScores, names: Sequence[str], title: str) -
     for row in zip(names, scores.iou, scores.f1, scores.precision, scores.recall, share, strict=True):
         table.add_row(row[0], *(percent(float(value)) for value in row[1:]))
     table.add_section()
-    table.add_row("mean", percent(float(scores.mean_iou)), percent(float(scores.mean_f1)))
-    table.add_row("overall accuracy", percent(float(scores.overall_accuracy)))
+    left_out = [name for name, part in zip(names, scores.averaged.tolist(), strict=True) if not part]
+    without = f" without {', '.join(left_out)}" if left_out else ""
+    table.add_row(f"mIoU, AF{without}", percent(float(scores.mean_iou)), percent(float(scores.mean_f1)))
+    if left_out:
+        table.add_row(
+            f"mIoU, AF of all {len(names)}", percent(float(scores.mean_iou_all)), percent(float(scores.mean_f1_all))
+        )
+    table.add_row("OA, overall accuracy", percent(float(scores.overall_accuracy)))
     return table
+
+
+def scores_csv(scores: SegmentationScores, names: Sequence[str]) -> str:
+    """A row a class, then `mean` (of the classes that are averaged), `mean of all classes` and `all pixels`; fractions
+    in full precision, empty where there is no value.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "averaged", "iou", "f1", "precision", "recall", "accuracy", "pixels"])
+    columns = [scores.iou, scores.f1, scores.precision, scores.recall]
+    pixels = scores.confusion.sum(1).tolist()
+    for name, part, count, *values in zip(names, scores.averaged.tolist(), pixels, *columns, strict=True):
+        writer.writerow([name, "yes" if part else "no", *map(_number, values), "", count])
+    writer.writerow(["mean", "", _number(scores.mean_iou), _number(scores.mean_f1), "", "", "", ""])
+    writer.writerow(["mean of all classes", "", _number(scores.mean_iou_all), _number(scores.mean_f1_all), *[""] * 4])
+    writer.writerow(["all pixels", *[""] * 5, _number(scores.overall_accuracy), sum(pixels)])
+    return text.getvalue()
+
+
+def _number(value: Any) -> str:
+    number = float(value)
+    return "" if number != number else repr(number)
 
 
 def comparison_rows(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

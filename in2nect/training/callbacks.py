@@ -1,5 +1,5 @@
-"""What surrounds a run: progress on a terminal or in a log, and the table of scores. Nothing here
-touches the weights.
+"""What surrounds a run: progress on a terminal or in a log, the scores as table and picture, and the
+submission to a test server. Nothing here touches the weights.
 """
 
 import logging
@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from in2nect.files import write_json
-from in2nect.report.tables import scores_table
+from in2nect.files import write_json, write_text
+from in2nect.metrics import SegmentationScores
+from in2nect.prediction.submission import SubmissionName, check_classes, check_ids, write_submission
+from in2nect.report.tables import percent, scores_csv, scores_table
 from in2nect.training.module import SegmentationModule
 
 _LINE_SECONDS = 5.0  # between two lines of progress in a log
@@ -115,8 +117,8 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 
 class ScoresTable(Callback):
-    """At the end of `validate` and `test`: the scores of each class on the console, and in metrics_validate.json or
-    metrics_test.json.
+    """At the end of `validate` and `test`: the scores of each class on the console; in metrics_validate.json and .csv,
+    or metrics_test.json and .csv; and the confusion matrix in confusion_validate.png or confusion_test.png.
     """
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -128,10 +130,62 @@ class ScoresTable(Callback):
 
     def _show(self, trainer: lightning.Trainer, module: lightning.LightningModule, name: str) -> None:
         assert isinstance(module, SegmentationModule) and module.scores is not None
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process must ask for it
         if not trainer.is_global_zero:
             return
-        names = module.classes.names
-        target = Path(trainer.log_dir or trainer.default_root_dir) / f"metrics_{name}.json"
-        write_json(target, module.scores.to_dict(names))
-        Console().print(scores_table(module.scores, names, f"{name}, %"))
-        print(f"{target}")
+        from in2nect.report.figures import confusion_figure  # matplotlib, which a training does without
+
+        names, scores = module.classes.names, module.scores
+        made: dict[str, Any] = {"protocol": module.protocol}
+        if name == "test":
+            made |= {"tta": module.tta, "seconds_per_image": module.seconds_per_image}
+        table, rows, picture = (
+            folder / name for name in (f"metrics_{name}.json", f"metrics_{name}.csv", f"confusion_{name}.png")
+        )
+        write_json(table, {**made, **scores.to_dict(names)})
+        write_text(rows, scores_csv(scores, names))
+        confusion_figure(
+            picture,
+            confusion=scores.confusion.cpu().numpy(),
+            names=names,
+            title=f"Confusion matrix, {name}",
+            subtitle=_in_words(scores, module.protocol),
+        )
+        Console().print(scores_table(scores, names, f"{name}, %, protocol {module.protocol}"))
+        if made.get("seconds_per_image") is not None:
+            print(f"{made['seconds_per_image']:.3f} s an image, the network alone (tta {module.tta}, {module.device})")
+        for path in (table, rows, picture):
+            print(path)
+
+
+class SubmissionWriter(Callback):
+    """After `predict`, the zip of its predictions that a test server takes. Whether the right images are predicted is
+    asked before the first of them.
+    """
+
+    def __init__(self, name: SubmissionName, output: Path) -> None:
+        self.name, self.target = name, output / f"submission_{name}.zip"
+
+    def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        check_classes(self.name, pl_module.classes.num_classes)
+        check_ids(self.name, [path.stem for path in self._images(trainer)])
+
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trainer.strategy.barrier()  # the other processes predict into the same folder
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, SegmentationModule)
+            write_submission(
+                self.name, [pl_module.prediction_path(path) for path in self._images(trainer)], self.target
+            )
+            print(self.target)
+
+    @staticmethod
+    def _images(trainer: lightning.Trainer) -> list[Path]:
+        return [Path(path) for path in trainer.datamodule.predict.paths]  # type: ignore[attr-defined]
+
+
+def _in_words(scores: SegmentationScores, protocol: str) -> str:
+    means = [("mIoU", scores.mean_iou), ("AF", scores.mean_f1), ("OA", scores.overall_accuracy)]
+    found = ", ".join(f"{name} {percent(float(value))} %" for name, value in means)
+    return f"{found} (protocol {protocol}); {int(scores.confusion.sum()):,} pixels"

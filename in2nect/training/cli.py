@@ -11,7 +11,7 @@ _COMMANDS = {
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split, at native resolution",
     "predict": "write class codes of whole rasters as GeoTIFFs",
-    "data": "check, prepare or download a data set",
+    "data": "check, prepare or download a data set, or check a submission",
     "demo": "train with and without the losses on a synthetic scene, and compare",
     "doctor": "show versions, devices and which backends work",
 }

@@ -16,7 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from in2nect.files import write_text
-from in2nect.training.callbacks import ScoresTable, progress, quieten
+from in2nect.metrics.protocols import Protocol
+from in2nect.prediction.augmentation import AugmentationName
+from in2nect.prediction.submission import SubmissionName
+from in2nect.training.callbacks import ScoresTable, SubmissionWriter, progress, quieten
 from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
 from in2nect.training.datamodule import FolderDataModule
 from in2nect.training.module import SegmentationModule
@@ -77,7 +80,29 @@ class TrainingCLI(LightningCLI):
             "--output",
             type=str,
             default=_OUTPUT,
-            help="Folder of the run: config.yaml, checkpoints/, TensorBoard's events, metrics_test.json, predictions/.",
+            help="Folder of the run: config.yaml, checkpoints/, TensorBoard's events, the scores of `test` "
+            "(metrics_test.json, metrics_test.csv, confusion_test.png), predictions/.",
+        )
+        parser.add_argument(
+            "--protocol",
+            type=Protocol,
+            default="all",
+            help="Which classes mIoU and AF are taken over: all; loveda, all of its 7; isprs, the 5 of its 6 that are "
+            "not clutter (the labels must be the eroded ones). The confusion matrix and OA are always of all classes.",
+        )
+        parser.add_argument(
+            "--tta",
+            type=AugmentationName,
+            default="none",
+            help="Test-time augmentation of `test` and `predict`, averaged probabilities: none; flips, 4 views; paper, "
+            "flips at the scales 0.5, 0.75, 1, 1.25 and 1.5, 20 views and 22.5 times the work.",
+        )
+        parser.add_argument(
+            "--submission",
+            type=SubmissionName | None,
+            default=None,
+            help="Of `predict`: also write the zip that a test server takes, to OUTPUT/submission_NAME.zip. loveda: "
+            "the whole Test split.",
         )
         parser.add_argument(
             "--checkpoint_every",
@@ -124,6 +149,9 @@ class TrainingCLI(LightningCLI):
         if config.get("logger") is None:
             kwargs.setdefault("logger", TensorBoardLogger(output, name="", version="", default_hp_metric=False))
         own: list[Callback] = [ScoresTable()]
+        submission = self._get(self.config_init, "submission")
+        if submission is not None and self.subcommand == "predict":
+            own.append(SubmissionWriter(submission, output))
         if config.get("enable_progress_bar") is not False:
             own.append(progress())
         if config.get("enable_checkpointing") is not False:
@@ -140,6 +168,8 @@ class TrainingCLI(LightningCLI):
         if prediction.bands is None:  # those that the network was trained on
             prediction = replace(prediction, bands=self.datamodule.bands)
         self.model.prediction = prediction
+        self.model.protocol = self._get(self.config_init, "protocol")
+        self.model.tta = self._get(self.config_init, "tta")
 
     def validate(self, **options: Any) -> None:
         """Trainer.validate; ScoresTable prints the scores."""

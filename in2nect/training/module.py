@@ -25,12 +25,16 @@ from torch import Tensor
 from in2nect.data.classes import Classes
 from in2nect.loss import In2NeCTLoss
 from in2nect.metrics import SegmentationMetrics, SegmentationScores
+from in2nect.metrics.protocols import Protocol
 from in2nect.models import SegmentationModel, TrainingOutput, create_model
 from in2nect.ops.backend import select
+from in2nect.prediction.augmentation import AugmentationName, class_probabilities
 from in2nect.prediction.scene import predict_raster
+from in2nect.prediction.sizes import any_size
 from in2nect.training.audit import IntraAudit, audit_intra, most_pixels, seen_by
 from in2nect.training.losses import SegmentationLoss
 from in2nect.training.settings import LossSettings, OptimizerSettings, PredictionSettings, TuningSettings
+from in2nect.training.timing import ImageTimer
 
 _PROGRESS_SECONDS = 5.0  # between two lines about a scene under prediction
 _GRADIENT_ERROR = 0.1  # of an audit, above which the user is warned: moments is at 0.004 where it is meant for
@@ -51,6 +55,12 @@ class SegmentationModule(lightning.LightningModule):
         optimizer: optimiser and learning rates.
         channels_last: lay tensors out with the channels innermost: far faster on CPUs and on GPUs with tensor cores.
         compile: compile the training forward pass with torch.compile.
+
+    Attributes:
+        protocol: which classes the means of the scores are taken over; set it before `build`.
+        tta: test-time augmentation of `test` and `predict`.
+        scores: of the last validation or test.
+        seconds_per_image: of the last test: forward passes alone, all windows and views of an image.
     """
 
     classes: Classes
@@ -79,7 +89,11 @@ class SegmentationModule(lightning.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compiled = compile
         self.prediction = PredictionSettings()
+        self.protocol: Protocol = "all"
+        self.tta: AugmentationName = "none"
         self.scores: SegmentationScores | None = None
+        self.seconds_per_image: float | None = None
+        self._timer = ImageTimer()
         self._audited_step = -1
         self._audit_warned = False
         self._predicted: set[Path] = set()
@@ -125,7 +139,7 @@ class SegmentationModule(lightning.LightningModule):
         self.register_buffer("input_std", _per_channel(self.model.input_std))
         self.segmentation_loss = SegmentationLoss(self.loss, classes.ignore_index)
         self.criterion = self._make_criterion() if self.tuning.enabled else None
-        self.metrics = SegmentationMetrics(classes.num_classes, classes.names, classes.ignore_index)
+        self.metrics = SegmentationMetrics(classes.num_classes, classes.names, classes.ignore_index, self.protocol)
 
     def setup(self, stage: str) -> None:
         if stage != "predict":  # for which the checkpoint's own classes are enough
@@ -135,8 +149,8 @@ class SegmentationModule(lightning.LightningModule):
                 self.input_mean, self.input_std = _per_channel(data.mean), _per_channel(data.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K, H, W) of uint8 images (B, C, H, W)."""
-        return self.model(self.normalise(images))
+        """Logits (B, K, H, W) of uint8 images (B, C, H, W) of any size."""
+        return any_size(lambda padded: self.model(self.normalise(padded)), self.model.size_multiple)(images)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images 0..255 to the floats that the encoder was trained on, in the module's memory format.
@@ -180,26 +194,39 @@ class SegmentationModule(lightning.LightningModule):
         self.metrics.update(self(batch["image"]).argmax(1), batch["label"])
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.metrics.update(self(batch["image"]).argmax(1), batch["label"])
+        with self._timer.timed(batch["name"], self.device):
+            codes = self._codes(batch["image"])
+        self.metrics.update(codes, batch["label"])
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
+        self.seconds_per_image = self._timer.seconds_per_image()
+
+    def on_predict_start(self) -> None:
+        # Every process must ask for the folder at once, and they may have unequal numbers of rasters.
+        self._predictions = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> str:
-        """Predicts one raster into the folder `predictions` of the run; returns the path of the GeoTIFF."""
+        """Predicts one raster into the folder `predictions` of the run, and prints how long it took; returns the path
+        of the GeoTIFF.
+        """
+        started = time.monotonic()
         source = Path(batch["path"])
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
-        target = folder / f"{source.stem}.tif"
+        target = self.prediction_path(source)
         if target in self._predicted:
             raise ValueError(f"{source}: another raster of this name was predicted already; predict them one by one")
         self._predicted.add(target)
-        options = asdict(self.prediction)
-        progress = self._progress(source.name)
-        predict_raster(self, source, target, classes=self.classes, device=self.device, progress=progress, **options)
+        options = {**asdict(self.prediction), "tta": self.tta, "progress": self._progress(source.name)}
+        predict_raster(self, source, target, classes=self.classes, device=self.device, **options)
+        print(f"{source.name}: {time.monotonic() - started:.2f} s", flush=True)
         return str(target)
+
+    def prediction_path(self, source: Path) -> Path:
+        """Where `predict` writes the class codes of a raster."""
+        return self._predictions / f"{source.stem}.tif"
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer
@@ -242,6 +269,12 @@ class SegmentationModule(lightning.LightningModule):
                 f"the checkpoint was trained with other settings of `model`: {'; '.join(differences)}. Give the same "
                 "to resume it (OUTPUT/config.yaml holds them), or train anew without --ckpt_path"
             )
+
+    def _codes(self, images: Tensor) -> Tensor:
+        """Class codes (B, H, W) under `tta`."""
+        if self.tta == "none":
+            return self(images).argmax(1)  # as in validation
+        return class_probabilities(self, images, self.classes.num_classes, self.tta).argmax(1)
 
     def _make_criterion(self) -> In2NeCTLoss:
         options = {name: value for name, value in asdict(self.tuning).items() if name not in ("enabled", "intra_audit")}

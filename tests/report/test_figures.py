@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from in2nect.data.classes import Classes
-from in2nect.report.figures import RunFigures, comparison_figure, paint, smoothed
+from in2nect.report.figures import RunFigures, comparison_figure, confusion_figure, paint, smoothed
 
 CLASSES = Classes(("field", "road", "water"), ((0, 128, 0), (128, 128, 128), (0, 0, 255)))
 
@@ -40,3 +40,16 @@ def test_comparison_shows_every_prediction(tmp_path: Path) -> None:
     for color in ((200, 200, 200), (128, 128, 128), (0, 128, 0), (0, 0, 255)):
         assert (pixels == color).all(-1).mean() > 0.03, color
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
+@pytest.mark.parametrize("count", [2, 7, 40])
+def test_confusion_is_coloured_by_row(count: int, tmp_path: Path) -> None:
+    """Labels of the last class, of which there are none, are grey; a class that is always found is dark."""
+    confusion = np.diag(np.full(count, 10**9))
+    confusion[-1] = 0
+    target = tmp_path / "confusion.png"
+    names = [f"class {code}" for code in range(count)]
+    confusion_figure(target, confusion=confusion, names=names, title="all", subtitle="below")
+    pixels = (imread(target)[..., :3] * 255).round().astype(int)
+    grey, dark = ((pixels == color).all(-1).mean() for color in ((221, 221, 221), (8, 48, 107)))
+    assert grey > 0.2 / count and dark > 0.2 / count  # a row; the diagonal, a cell a row

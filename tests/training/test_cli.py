@@ -2,19 +2,25 @@
 answered with.
 """
 
+import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rasterio
 import torch
 
+from in2nect.data.classes import LOVEDA, Classes
+from in2nect.prediction import submission
 from in2nect.training.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -55,11 +61,53 @@ def test_test_needs_the_checkpoint_alone_and_scores_every_labelled_pixel_once(
         == 0
     )
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("IoU", "precision", "water", "overall accuracy"))
+    words = ("IoU", "F1", "precision", "recall", "water", "mIoU, AF", "overall accuracy", "s an image")
+    assert all(word in printed for word in words)
     scores = json.loads((run / "metrics_test.json").read_text())
+    assert (scores["protocol"], scores["tta"]) == ("all", "none") and scores["seconds_per_image"] > 0
     assert sum(sum(row) for row in scores["confusion"]) == 92 * 80  # 96 rows, 4 of them unlabelled
     assert 0 <= scores["mean_iou"] <= 1
+    rows = list(csv.DictReader((run / "metrics_test.csv").open()))
+    assert [row["class"] for row in rows[:3]] == ["field", "road", "water"]
+    assert float(rows[3]["iou"]) == scores["mean_iou"] and int(rows[5]["pixels"]) == 92 * 80
+    assert float(rows[5]["accuracy"]) == scores["overall_accuracy"]
+    assert (run / "confusion_test.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.glob(".*partial*"))
+
+
+def test_augmented_test_scores_the_same_pixels(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {}
+    for name in ("none", "paper"):
+        arguments = ["test", f"--ckpt_path={run}/checkpoints/last.ckpt", f"--tta={name}", "--data.eval_window=70"]
+        assert main(arguments) == 0
+        scores[name] = json.loads((run / "metrics_test.json").read_text())
+    assert f"tta paper, {torch.device('cpu')}" in capsys.readouterr().out
+    assert scores["paper"]["tta"] == "paper"
+    pixels = [[row["pixels"] for row in scores[name]["classes"].values()] for name in ("none", "paper")]
+    assert pixels[0] == pixels[1] and sum(pixels[0]) == 92 * 80
+    assert scores["paper"]["confusion"] != scores["none"]["confusion"]
+
+
+def test_the_protocol_is_that_of_the_classes(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six classes, three of which the labels hold; clutter, one of them, is out of the means."""
+    six = tmp_path / "six.yaml"
+    names = ("clutter", "building", "car", "tree", "low vegetation", "impervious surface")
+    Classes(names, tuple((code, 0, 0) for code in range(6))).to_yaml(six)
+    output = tmp_path / "run"
+    assert main(fit(dataset, output, 1, f"--data.classes={six}", "--protocol=isprs")) == 0
+    assert main(["test", f"--ckpt_path={output}/checkpoints/best.ckpt"]) == 0  # config.yaml holds the protocol
+    assert "mIoU, AF without clutter" in " ".join(capsys.readouterr().out.split())
+    scores = json.loads((output / "metrics_test.json").read_text())
+    assert scores["protocol"] == "isprs" and "clutter" not in scores["averaged"]
+    averaged = [scores["classes"][name]["iou"] for name in scores["averaged"]]
+    known = [value for value in averaged if value is not None]
+    assert scores["mean_iou"] == pytest.approx(sum(known) / len(known))
+    assert main(["test", f"--ckpt_path={output}/checkpoints/best.ckpt", "--protocol=all"]) == 0
+    assert json.loads((output / "metrics_test.json").read_text())["averaged"] == list(names)
+    assert main(["test", f"--ckpt_path={run}/checkpoints/best.ckpt", "--protocol=isprs"]) == 2
+    assert "protocol isprs scores 6 classes, and 3 were given" in capsys.readouterr().err
 
 
 def test_validate_writes_its_own_scores(run: Path) -> None:
@@ -89,6 +137,70 @@ def test_predict_keeps_the_georeference(run: Path, dataset: Path, tmp_path: Path
     ):
         assert (codes.crs, codes.transform, codes.shape) == (image.crs, image.transform, image.shape)
         assert codes.read(1).max() < 3
+
+
+def test_predict_takes_augmentation_and_tells_the_time(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = dataset / "images" / "scene3.tif"
+    codes = {}
+    for name in ("none", "flips", "paper"):
+        predict = ["predict", f"--ckpt_path={run}/checkpoints/last.ckpt", f"--data.predict_images={image}"]
+        small = ["--prediction.window=48", "--prediction.overlap=16", f"--output={tmp_path / name}"]
+        assert main([*predict, *small, f"--tta={name}"]) == 0
+        assert re.search(r"scene3\.tif: \d+\.\d\d s", capsys.readouterr().out)
+        with rasterio.open(tmp_path / name / "predictions" / "scene3.tif") as raster:
+            codes[name] = raster.read(1)
+    assert codes["none"].shape == codes["paper"].shape
+    assert (codes["flips"] != codes["none"]).any() and (codes["paper"] != codes["flips"]).any()
+
+
+def test_two_processes_score_and_predict_as_one(run: Path, dataset: Path, tmp_path: Path) -> None:
+    """The confusion matrix is that of all pixels, and each raster is predicted once."""
+    checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
+    options = ["--data.eval_window=48", "--data.eval_overlap=16", "--tta=flips", "--data.batch_size=3"]
+    confusions = []
+    for devices in (1, 2):
+        assert command("test", checkpoint, *options, f"--trainer.devices={devices}").returncode == 0
+        scores = json.loads((run / "metrics_test.json").read_text())
+        assert scores["seconds_per_image"] > 0
+        confusions.append(scores["confusion"])
+    assert confusions[0] == confusions[1]
+    rasters = [f"--data.predict_images={dataset / 'images'}", f"--output={tmp_path}", "--trainer.devices=2"]
+    told = command("predict", checkpoint, *rasters)
+    assert told.returncode == 0, told.stderr
+    assert [told.stdout.count(f"scene{number}.tif: ") for number in range(4)] == [1] * 4
+    assert len(list((tmp_path / "predictions").iterdir())) == 4
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_submission_to_loveda(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images of 1024 x 1024 stand for the Test split."""
+    classes, output, images = tmp_path / "loveda.yaml", tmp_path / "run", tmp_path / "Test"
+    LOVEDA.to_yaml(classes)
+    images.mkdir()
+    for number in (4191, 4192):
+        with rasterio.open(
+            images / f"{number}.png", "w", driver="PNG", width=1024, height=1024, count=3, dtype="uint8"
+        ) as raster:
+            raster.write(np.full((3, 1024, 1024), 100, dtype=np.uint8))
+    assert main(fit(dataset, output, 1, f"--data.classes={classes}", "--protocol=loveda")) == 0
+    predict = ["predict", f"--ckpt_path={output}/checkpoints/last.ckpt", f"--data.predict_images={images}"]
+    assert main([*predict, "--submission=loveda"]) == 2
+    assert "2 images, and the Test split of loveda has 1796" in capsys.readouterr().err
+    assert not (output / "predictions").exists()  # told before the first image
+    monkeypatch.setitem(submission.RULES, "loveda", replace(submission.LOVEDA, images=2))
+    assert main([*predict, "--submission=loveda"]) == 0
+    assert capsys.readouterr().out.count("submission_loveda.zip") == 1
+    assert submission.check_submission(output / "submission_loveda.zip", ["4191", "4192"]) == []
+
+
+def test_submission_of_other_classes_is_refused(run: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["predict", f"--ckpt_path={run}/checkpoints/last.ckpt", "--submission=loveda"]
+    assert main(arguments) == 2
+    assert "the network tells 3 classes apart and a submission to loveda holds 7" in capsys.readouterr().err
 
 
 def test_killed_run_resumes_to_the_same_weights(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +345,9 @@ def test_a_backend_that_cannot_run_here_is_told_before_training(
         (["fit", "--data.root=DATA", "--output=RUN"], "Resume that run with --ckpt_path last"),
         (["fit", "--config=missing.yaml"], "missing.yaml"),
         (["test", "--data.root=DATA"], "give --ckpt_path"),
+        (["test", "--ckpt_path=RUN/checkpoints/last.ckpt", "--tta=rotations"], "rotations"),
+        (["test", "--ckpt_path=RUN/checkpoints/last.ckpt", "--protocol=cityscapes"], "cityscapes"),
+        (["fit", "--data.root=DATA", "--output=NEW", "--protocol=loveda"], "protocol loveda scores 7 classes, and 3"),
         (["fit", "--data.root=DATA", "--trainer.accelerator=cpu", "--trainer.devices=0"], "devices"),
         (["fit", "--ckpt_path=last"], "runs/fit/checkpoints/last.ckpt: no such checkpoint"),
         (["test", "--ckpt_path=missing.ckpt"], "missing.ckpt: no such checkpoint"),
@@ -283,6 +398,9 @@ def test_help_is_quick_and_says_what_every_field_is(capsys: pytest.CaptureFixtur
         "highest learning rate",
         "Folder of the run",
         "side of a window",
+        "Which classes mIoU and AF are taken over",
+        "Test-time augmentation",
+        "the zip that a test server takes",
     ):
         assert field in text
 
@@ -316,6 +434,13 @@ def assert_same(found: object, expected: object) -> None:
             assert_same(*pair)
     else:
         assert found == expected
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `in2nect ...`, which starts processes of its own where there are several devices."""
+    line = [sys.executable, "-m", "in2nect.training.cli", *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
 
 
 def subprocess_main(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -40,6 +40,7 @@ def test_six_configurations_parse(capsys: pytest.CaptureFixture[str]) -> None:
         resolved = yaml.safe_load(capsys.readouterr().out)
         name, _, crop = path.stem.split("_")
         assert (resolved["data"]["dataset"], resolved["data"]["crop_size"]) == (name, int(crop))
+        assert resolved["protocol"] == ("loveda" if name == "loveda" else "isprs")
         assert resolved["trainer"]["max_epochs"] == {"loveda": 50, "vaihingen": 100, "potsdam": 100}[name]
         assert resolved["model"]["optimizer"]["lr"] == 5e-4
         assert (resolved["data"]["batch_size"], resolved["model"]["tuning"]["weight"]) == (16, 0.2)
@@ -54,6 +55,10 @@ def test_loveda_trains_validates_and_predicts(tmp_path: Path, capsys: pytest.Cap
     assert "agriculture" in capsys.readouterr().out
     assert main(["predict", checkpoint]) == 0
     assert sorted(path.stem for path in (output / "predictions").glob("*.tif")) == ["4191", "4192", "5167"]
+    assert main(["predict", checkpoint, "--submission=loveda"]) == 2
+    assert "3 images, and the Test split of loveda has 1796" in capsys.readouterr().err
+    assert main(["data", "check-submission", str(tmp_path / "none.zip")]) == 2
+    assert "none.zip: no such file" in capsys.readouterr().out
     assert main(["test", checkpoint]) == 2
     assert "labels of loveda's split 'test' are not public" in capsys.readouterr().err
 
