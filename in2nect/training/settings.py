@@ -14,7 +14,7 @@ class TuningSettings:
         enabled: False trains with the segmentation loss alone: the plain arm of a comparison.
         weight: w of Eq. 7, on both losses.
         estimator: how the intra-class loss is computed: moments (no pairs, no sampling), exact (every pair), sampled.
-        covariance: for `moments`, one covariance for all classes (pooled), or one a class, at three times the cost: it
+        covariance: for `moments`, one covariance for all classes (pooled), or one a class, at some times the cost: it
             is allowed at lower temperatures, and better where classes are Gaussian (docs/estimators.md).
         resolution: on which grid pixels are counted: label (the paper's: features are interpolated) or feature
             (labels are picked).
