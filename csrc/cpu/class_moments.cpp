@@ -38,8 +38,9 @@ namespace {
 // strip mean that more label rows are walked twice, once from either side.
 constexpr int64_t kSlabElements = 131072, kStripElements = 262144;
 constexpr int64_t kMinPixels = 256, kMaxPixels = 1024, kMostStripRows = 16;
-// Partial results that a call is cut into, and how many numbers they may hold in all: 16 MiB.
+// Labels of a piece that is counted.
 constexpr int64_t kCountedPixels = 16384;
+// Partial results that a call is cut into, and how many numbers they may hold in all: 16 MiB.
 constexpr int64_t kMaxChunks = 64, kMaxTotals = 2 * 1024 * 1024;
 
 template <typename A>
@@ -638,7 +639,7 @@ void complete(const double* sums, int64_t d, bool cells, A* out) {
   }
 }
 
-// Of the whole image set: pixels a class, and strays.
+// Pixels of each class, and labels that are neither a class nor the ignored one.
 std::vector<int64_t> count_classes(const Labels& labels, const Shape& shape, int64_t ignore, int64_t* strays) {
   const Segments segments(shape.batch, shape.label_height, shape.label_width, kCountedPixels);
   const int64_t chunks = std::min(segments.total, kMaxChunks);
