@@ -97,7 +97,8 @@ def class_moments(
     _add_up(linear, both)
     _add_up(squares, squared)
     _add_up(second, moments, transposed=True)
-    return counts, both[num_classes:], both[:num_classes], squared, moments if by_class else moments[0]
+    raw = both[num_classes:].clone()  # results of an operator share no memory
+    return counts, raw, both[:num_classes], squared, moments if by_class else moments[0]
 
 
 def class_moments_mixtures(
@@ -258,7 +259,7 @@ def _same_grid_moments(
     _add_up(linear, both)
     _add_up(squares, squared)
     _add_up(second, moments, transposed=True)
-    return both[number:], both[:number], squared, moments
+    return both[number:].clone(), both[:number], squared, moments  # results of an operator share no memory
 
 
 def _same_grid_mixtures(

@@ -298,7 +298,8 @@ def _reference(
         if by_class
         else (rows * shares.sum(1, keepdim=True)).T @ rows
     )
-    return counts, one_hot.T @ raw if sums else raw[:0], one_hot.T @ rows, squares, second
+    raw_sums = one_hot.T @ raw if sums else raw.new_empty(0, raw.shape[1])
+    return counts, raw_sums, one_hot.T @ rows, squares, second
 
 
 @implementation("class_moments_mixtures", "reference")
