@@ -172,10 +172,10 @@ class _Hook:
 
 
 def _is_rerun() -> bool:
-    """Whether the forward pass is not a training step's: a network being exported or traced, or a checkpointed segment
-    that the backward pass computes again.
+    """Whether the forward pass is not a training step's: a network being exported, or a checkpointed segment that the
+    backward pass computes again.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting():
         return True
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
