@@ -114,11 +114,14 @@ def check_dataset(
     problems: list[tuple[str, Problem]] = []
     jobs: list[tuple[str, Scene]] = []
     there = dataset.splits()
-    for split in [name for name in SPLITS if name in there]:
+    told: set[str] = set()
+    for split in [name for name in SPLITS if name in there] or SPLITS[:1]:  # where there is none, that says why
         try:
             jobs += [(split, scene) for scene in dataset.scenes(split)]
         except (FileNotFoundError, ValueError) as error:
-            problems.append((split, Problem(dataset.root, "missing", f"split {split!r}: {error}")))
+            if str(error) not in told:  # what is wrong with a list that all splits share is one problem
+                problems.append((split, Problem(dataset.root, "missing", f"split {split!r}: {error}")))
+            told.add(str(error))
     with quiet_without_georeference(), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         futures = {pool.submit(_read_scene, scene, dataset): number for number, (_, scene) in enumerate(jobs)}
         found: dict[int, _SceneReport] = {}
@@ -246,8 +249,12 @@ def _mixed_bands(images: Iterable[tuple[str, Path, int]]) -> list[tuple[str, Pro
     ]
 
 
+def _taken_in(split: str, dataset: DataSet) -> bool:
+    return split == "val" and dataset.layout.train_on == "train+val"
+
+
 def _notes(dataset: DataSet, splits: dict[str, SplitReport], wrong: set[str]) -> list[str]:
-    notes: list[str] = []
+    notes = [f"no split {name!r}" for name in SPLITS if name not in splits and not _taken_in(name, dataset)]
     for name, split in splits.items():
         expected = PUBLISHED.get(dataset.name, {}).get(name)
         if expected is not None and dataset.layout.domain == "both" and split.scenes not in (0, expected):

@@ -248,14 +248,14 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _check_image(path: Path, header: _Header, bands: tuple[int, ...] | None, problems: list[Problem]) -> None:
-    _check_bytes(path, header, problems)
+    _check_bytes(path, header, problems, "rescale it to 0..255 first")
     if bands is not None and max(bands) > header.count:
         message = f"{path}: {header.count} bands, and data.bands asks for band {max(bands)}; choose among those it has"
         problems.append(Problem(path, "bands", message))
 
 
 def _check_label(path: Path, header: _Header, coding: LabelCoding | None, problems: list[Problem]) -> None:
-    _check_bytes(path, header, problems)
+    _check_bytes(path, header, problems, "write the label's codes or colours as bytes")
     if header.count not in (CodeLabels.bands if coding is None else coding.bands):
         expected = (
             "one band of class codes (data.layout.label_values=colors reads colours)"
@@ -266,10 +266,10 @@ def _check_label(path: Path, header: _Header, coding: LabelCoding | None, proble
         problems.append(Problem(path, "bands", message))
 
 
-def _check_bytes(path: Path, header: _Header, problems: list[Problem]) -> None:
+def _check_bytes(path: Path, header: _Header, problems: list[Problem], mend: str) -> None:
     foreign = sorted({dtype for dtype in header.dtypes if dtype != "uint8"})
     if foreign:
-        message = f"{path}: {', '.join(foreign)} values; expected uint8 (rescale images to 0..255 first)"
+        message = f"{path}: {', '.join(foreign)} values; expected uint8: {mend}"
         problems.append(Problem(path, "type", message))
 
 
