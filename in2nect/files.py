@@ -28,6 +28,12 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """The folder of what is kept between runs and may be lost: IN2NECT_CACHE, or in2nect in the user's caches."""
+    folder = os.environ.get("IN2NECT_CACHE")
+    return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "in2nect")
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, without the byte order mark that some programs put in front.
 

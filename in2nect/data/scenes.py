@@ -7,8 +7,10 @@ what is wrong with a file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -127,10 +129,11 @@ def examine(scenes: Sequence[Scene], reading: Reading) -> tuple[list[Pair], list
     """
     with quiet_without_georeference(), ThreadPoolExecutor(_OPENING) as pool:
         found = list(pool.map(lambda scene: examine_scene(scene, reading), scenes))
-    pairs = [pair for pair, _, _ in found if pair is not None]
+    problems = [problem for _, _, problems in found for problem in problems]
     if reading.bands is None:
-        check_band_counts([(pair.image, count) for pair, count, _ in found if pair is not None])
-    return pairs, [problem for _, _, problems in found for problem in problems]
+        problems += mixed_bands((pair.image, count) for pair, count, _ in found if pair is not None)
+    odd = {problem.path for problem in problems}
+    return [pair for pair, _, _ in found if pair is not None and pair.image not in odd], problems
 
 
 def examine_scene(scene: Scene, reading: Reading) -> tuple[Pair | None, int, list[Problem]]:
@@ -172,21 +175,31 @@ def examine_scene(scene: Scene, reading: Reading) -> tuple[Pair | None, int, lis
     return pair, count, []
 
 
-def check_band_counts(images: Iterable[tuple[Path, int]]) -> None:
-    """Refuses images, given with their number of bands, that differ in it.
+def mixed_bands(images: Iterable[tuple[Path, int]]) -> list[Problem]:
+    """The images, given with their number of bands (0: not known), that have another number than most."""
+    known = [(path, count) for path, count in images if count]
+    (usual, _), *others = Counter(count for _, count in known).most_common() or [(0, 0)]
+    if not others:
+        return []
+    mend = "give all of them the same bands, or choose those to read with data.bands"
+    return [
+        Problem(path, "bands", f"{path}: {count} bands, where most images have {usual}; {mend}")
+        for path, count in known
+        if count != usual
+    ]
 
-    Raises:
-        ValueError: naming one image of each number.
-    """
-    bands: dict[int, Path] = {}
-    for path, count in images:
-        bands.setdefault(count, path)
-    if len(bands) > 1:
-        found = ", ".join(f"{path} has {count}" for count, path in sorted(bands.items()))
-        raise ValueError(
-            f"images differ in their number of bands: {found}; give all of them the same bands, or choose those to "
-            "read with data.bands"
-        )
+
+@contextmanager
+def telling(path: Path, problems: list[Problem]) -> Iterator[None]:
+    """Turns what a file that is read through raises into a problem that names it."""
+    try:
+        yield
+    except ValueError as error:  # of a coding, which names the file
+        problems.append(Problem(path, "label", str(error)))
+    except (RasterioIOError, OSError) as error:
+        reason = str(error.__cause__ or error).replace(f"{path}: ", "").strip().rstrip(".")
+        message = f"{path}: damaged or cut short ({reason}); fetch it anew, or take it out"
+        problems.append(Problem(path, "unreadable", message))
 
 
 def band_count(path: Path) -> int:
