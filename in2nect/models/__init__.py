@@ -1,6 +1,7 @@
 """Host networks: what In2NeCT's losses are trained on, made by name. Importing this package imports timm."""
 
-from in2nect.models import unetformer  # noqa: F401  (registers its network)
+from in2nect.models import manet, unetformer  # noqa: F401  (register their networks)
+from in2nect.models.gradient_checkpointing import Checkpointed
 from in2nect.models.registry import (
     Representation,
     SegmentationModel,
@@ -11,6 +12,7 @@ from in2nect.models.registry import (
 )
 
 __all__ = [
+    "Checkpointed",
     "Representation",
     "SegmentationModel",
     "TrainingOutput",
