@@ -1,6 +1,9 @@
 """Host networks: what In2NeCT's losses are trained on, made by name. Importing this package imports timm."""
 
-from in2nect.models import unetformer  # noqa: F401  (registers its network)
+from in2nect.models import manet, unetformer  # noqa: F401  (register their networks)
+from in2nect.models.export import export_model, export_program
+from in2nect.models.gradient_checkpointing import Checkpointed
+from in2nect.models.importing import ImportReport, import_state_dict
 from in2nect.models.registry import (
     Representation,
     SegmentationModel,
@@ -11,10 +14,15 @@ from in2nect.models.registry import (
 )
 
 __all__ = [
+    "Checkpointed",
+    "ImportReport",
     "Representation",
     "SegmentationModel",
     "TrainingOutput",
     "create_model",
+    "export_model",
+    "export_program",
+    "import_state_dict",
     "list_models",
     "register_model",
 ]
