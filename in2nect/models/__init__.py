@@ -1,6 +1,7 @@
 """Host networks: what In2NeCT's losses are trained on, made by name. Importing this package imports timm."""
 
 from in2nect.models import unetformer  # noqa: F401  (registers its network)
+from in2nect.models.files import ModelDescription, load_model, read_description, save_model
 from in2nect.models.registry import (
     Representation,
     SegmentationModel,
@@ -11,10 +12,14 @@ from in2nect.models.registry import (
 )
 
 __all__ = [
+    "ModelDescription",
     "Representation",
     "SegmentationModel",
     "TrainingOutput",
     "create_model",
     "list_models",
+    "load_model",
+    "read_description",
     "register_model",
+    "save_model",
 ]
