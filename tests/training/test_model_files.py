@@ -1,6 +1,7 @@
 """Model files of a run, and `in2nect models`: one file predicts and is scored as the checkpoint is, anywhere."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import rasterio
 import torch
 from safetensors.torch import load_file, save_file
 
-from in2nect.models import create_model, read_description
+from in2nect.models import ModelDescription, create_model, read_description
 from in2nect.training.checkpoints import AtomicCheckpointIO, model_of, read_checkpoint
 from in2nect.training.cli import main
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 SETTINGS = [
     "--data.crop_size=64",
     "--data.batch_size=2",
@@ -209,6 +211,19 @@ def test_a_checkpoint_that_was_cut_short(run: Path, tmp_path: Path) -> None:
     path.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:-1000])
     with pytest.raises(ValueError, match="or one that was cut short"):
         read_checkpoint(path)
+
+
+def test_the_documentation_holds(alone: Path) -> None:
+    """Its JSON is a description, and its code runs."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (shown,) = [text for kind, text in blocks if kind == "json"]
+    described = ModelDescription.from_dict(json.loads(shown))
+    assert json.loads(shown) == described.to_dict()
+    shutil.copy(alone, "best.safetensors")
+    for text in [text for kind, text in blocks if kind == "python"]:
+        names = {"images": torch.zeros(1, 2, 64, 64, dtype=torch.uint8)}
+        exec(text, names)
+        assert "in2nect_version" in names["description"] if "state" in names else names["found"]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
