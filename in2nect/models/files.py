@@ -39,6 +39,9 @@ class ModelDescription:
         bands: of a raster, counted from 1, in the order of the channels; None for all.
         metrics: scores of these very weights in a validation, as plain values; None where there was none.
         in2nect_version: which in2nect wrote the file.
+
+    Raises:
+        ValueError: mean and std of no channel or of unequal numbers of them, or an std that is not above 0.
     """
 
     network: str
@@ -49,6 +52,13 @@ class ModelDescription:
     bands: tuple[int, ...] | None = None
     metrics: Mapping[str, Any] | None = None
     in2nect_version: str = __version__
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0:
+            raise ValueError(
+                f"mean: {list(self.mean)}, std: {list(self.std)}; expected one value a channel of each, and an std "
+                "above 0"
+            )
 
     @property
     def in_channels(self) -> int:
@@ -86,7 +96,7 @@ class ModelDescription:
             return _is_list_of(_is_number, values) and len(values) == in_channels
 
         mean = _checked("mean", get("mean"), one_a_channel, numbers)
-        std = _checked("std", get("std"), lambda v: one_a_channel(v) and min(v) > 0, f"{numbers}, above 0")
+        std = _checked("std", get("std"), one_a_channel, numbers)
         bands = _checked("bands", get("bands"), _is_bands, "numbers of bands counted from 1, or null")
         return cls(
             network=_checked("network", get("network"), _is_text, "the name of a network"),
@@ -171,7 +181,7 @@ def load_model(path: str | PathLike[str]) -> tuple[SegmentationModel, ModelDescr
     """
     description = read_description(path)
     state = load_file(path)
-    with _named(path):
+    with named(path):
         _check_fit(state, outline(description).state_dict(), description)
         model = make_network(description)
     model.load_state_dict(state)
@@ -202,12 +212,13 @@ def read_description(path: str | PathLike[str]) -> ModelDescription:
             f"{path}: a {SUFFIX} file, but no model file of in2nect: it does not say what network and classes its "
             "weights are of. `in2nect models import` makes model files of public checkpoints"
         )
-    with _named(path):
+    with named(path):
         return ModelDescription.from_dict(json.loads(metadata[_HEADER]))
 
 
 @contextmanager
-def _named(path: str | PathLike[str]) -> Iterator[None]:
+def named(path: str | PathLike[str]) -> Iterator[None]:
+    """Puts the path of a file before the message of a ValueError about what is in it."""
     try:
         yield
     except ValueError as error:

@@ -160,7 +160,7 @@ def test_another_suffix(model: SegmentationModel, tmp_path: Path) -> None:
         ("in_channels", 0, "in_channels: 0; expected a whole number, 1 or more"),
         ("mean", [0.1], r"mean: \[0\.1\]; expected 4 numbers, one a channel"),
         ("mean", [0.1, 0.2, "x", 0.4], "expected 4 numbers"),
-        ("std", [0.1, 0.2, 0.0, 0.4], "expected 4 numbers, one a channel, above 0"),
+        ("std", [0.1, 0.2, 0.0, 0.4], "expected one value a channel of each, and an std above 0"),
         ("bands", [0, 1, 2, 3], "expected numbers of bands counted from 1, or null"),
         ("classes", [{"name": "field"}], r"classes\[0\]: .*expected \{name"),
         ("classes", None, "classes: missing"),
