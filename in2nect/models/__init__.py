@@ -1,7 +1,8 @@
 """Host networks: what In2NeCT's losses are trained on, made by name. Importing this package imports timm."""
 
-from in2nect.models import unetformer  # noqa: F401  (registers its network)
+from in2nect.models import manet, unetformer  # noqa: F401  (register their networks)
 from in2nect.models.files import ModelDescription, load_model, read_description, save_model
+from in2nect.models.gradient_checkpointing import Checkpointed
 from in2nect.models.registry import (
     Representation,
     SegmentationModel,
@@ -12,6 +13,7 @@ from in2nect.models.registry import (
 )
 
 __all__ = [
+    "Checkpointed",
     "ModelDescription",
     "Representation",
     "SegmentationModel",

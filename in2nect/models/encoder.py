@@ -1,4 +1,4 @@
-"""Encoders: any timm network whose features come at strides 4, 8, 16 and 32, with or without weights."""
+"""Encoders at strides 4, 8, 16 and 32, with or without weights: LSKNet, and any timm network that has these strides."""
 
 from difflib import get_close_matches
 from itertools import cycle, islice
@@ -9,10 +9,16 @@ from timm.layers import Format
 from timm.models import FeatureInfo
 from torch import nn
 
-from in2nect.models.pretrained import BUNDLED_MEAN, BUNDLED_STD, load_bundled_weights, load_weights_file
+from in2nect.models.lsknet import SIZES, STRIDES, LSKNet
+from in2nect.models.pretrained import (
+    BUNDLED_MEAN,
+    BUNDLED_STD,
+    load_bundled_weights,
+    load_lsknet_weights_file,
+    load_weights_file,
+)
 from in2nect.models.registry import Pretrained
 
-STRIDES = (4, 8, 16, 32)
 _DEFAULT_TAGS = {
     "resnet18": "resnet18.fb_swsl_ig1b_ft_in1k"
 }  # the weights that UNetFormer's results were published with
@@ -30,11 +36,13 @@ class Encoder(NamedTuple):
 
 
 def create_encoder(name: str, *, pretrained: Pretrained = False, in_channels: int = 3) -> Encoder:
-    """Make the timm encoder ``name``; arguments and errors as in ``create_model``.
+    """Make the encoder ``name``: lsknet_t, lsknet_s or one of timm's; arguments and errors as in ``create_model``.
 
     With ``in_channels`` other than 3 the weights of the first convolution are repeated and rescaled as timm does, and
     the input statistics are repeated in the same order.
     """
+    if name in SIZES:
+        return _create_lsknet(name, pretrained, in_channels)
     name = _DEFAULT_TAGS.get(name, name)
     options = {"features_only": True, "in_chans": in_channels, **_feature_options(name)}
     backbone = _download(name, options) if pretrained is True else timm.create_model(name, **options)
@@ -45,6 +53,22 @@ def create_encoder(name: str, *, pretrained: Pretrained = False, in_channels: in
         mean, std = BUNDLED_MEAN, BUNDLED_STD
     elif not isinstance(pretrained, bool):
         load_weights_file(backbone, name, pretrained, in_channels)
+    return _described(backbone, mean, std, in_channels)
+
+
+def _create_lsknet(name: str, pretrained: Pretrained, in_channels: int) -> Encoder:
+    if pretrained is True or pretrained == "bundled":
+        raise ValueError(
+            f"pretrained is {pretrained!r}, and neither timm's hub nor PyPI has weights of {name!r}; give the path of "
+            "a public LSKNet backbone file (pretrained: /path/to/weights.pth), or pretrained: false"
+        )
+    backbone = LSKNet(SIZES[name], in_channels)
+    if pretrained is not False:
+        load_lsknet_weights_file(backbone, name, pretrained, in_channels)
+    return _described(backbone, _IMAGENET_MEAN, _IMAGENET_STD, in_channels)
+
+
+def _described(backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], in_channels: int) -> Encoder:
     return Encoder(
         backbone,
         channels=tuple(_feature_info(backbone).channels()),

@@ -1,5 +1,7 @@
 """The vocabulary the networks are written in: convolutions with "same" padding, without bias where a norm follows."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,6 +43,21 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
     """Bilinear (align_corners=False) to the reference's height and width."""
     return functional.interpolate(x, size=reference.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def fit_size(x: Tensor, reference: Tensor) -> Tensor:
+    """x with the reference's height and width: cut at its end, or grown there by ``pad_end``."""
+    height, width = reference.shape[-2:]
+    x = x[..., :height, :width]
+    return pad_end(x, height - x.shape[-2], width - x.shape[-1])
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Autocast off on x's device, for sums that run over every pixel: cast what goes in."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def pad_end(x: Tensor, bottom: int, right: int) -> Tensor:

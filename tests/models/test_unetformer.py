@@ -1,16 +1,12 @@
 """UNetFormer: published size and cost, any input size, the attention against loops over its definition."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from in2nect.models import SegmentationModel, TrainingOutput, create_model
 from in2nect.models.unetformer import HEADS, WINDOW, GlobalLocalAttention
-
-ATEN = torch.ops.aten
+from tests.models.counting import gmac
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +30,9 @@ def test_published_cost(side: int, published: float) -> None:
     Convolutions and attention products alone are 0.44 % below the published figures; with batch norm at 2 a value and
     bilinear resizing at 4 a value they are met to the last digit.
     """
-    model = create_model("unetformer", 7).to("meta").eval()
-    x = torch.empty(1, 3, side, side, device="meta")
-    other = {  # the counter wants operations, two a multiply-add
-        ATEN._native_batch_norm_legit_no_training: batch_norm_operations,
-        ATEN.native_batch_norm: batch_norm_operations,
-        ATEN.upsample_bilinear2d: resize_operations,
-    }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=other) as counter:
-        model(x)
-    counts = counter.get_flop_counts()["Global"]
-    products = (counts[ATEN.convolution] + counts[ATEN.bmm]) / 2e9
+    products, total = gmac(create_model("unetformer", 7), side)
     assert products == pytest.approx(published, rel=0.005)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(published, abs=0.005)
+    assert total == pytest.approx(published, abs=0.005)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (513, 700), (128, 128), (64, 64), (33, 65)])
@@ -184,11 +170,3 @@ def grown(size: int, to: int) -> list[int]:
     """Places that fill a side: reflected at its end where it is long enough, else its last one again."""
     reflects = to - size < size
     return [i if i < size else 2 * (size - 1) - i if reflects else size - 1 for i in range(to)]
-
-
-def batch_norm_operations(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    return 4 * torch.Size(shapes[0]).numel()
-
-
-def resize_operations(*_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 8 * torch.Size(out_shape).numel()

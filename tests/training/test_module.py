@@ -108,6 +108,20 @@ def test_projection_belongs_to_the_optimiser_and_the_checkpoint(batch: dict[str,
     assert {name for name, _ in projection} <= set(module.state_dict())
 
 
+@pytest.mark.parametrize("network", ["unetformer", "manet"])
+def test_gradient_checkpointing_changes_no_step(network: str, batch: dict[str, torch.Tensor]) -> None:
+    plain, checkpointed = (build(network=network, gradient_checkpointing=enabled) for enabled in (False, True))
+    assert checkpointed.model.get_submodule("backbone").grad_checkpointing is True
+    for module in (plain, checkpointed):
+        torch.manual_seed(2)
+        losses(module, batch)[0].backward()
+    expected = dict(plain.named_parameters())
+    for name, value in checkpointed.named_parameters():
+        assert value.grad is not None and torch.equal(value.grad, expected[name].grad), name  # type: ignore[arg-type]
+    statistics = dict(plain.named_buffers())
+    assert all(torch.equal(value, statistics[name]) for name, value in checkpointed.named_buffers())
+
+
 def test_encoder_has_its_own_learning_rate() -> None:
     module = build(optimizer=OptimizerSettings(lr=0.1, encoder_lr_factor=0.5))
     others, encoder = module._parameter_groups()

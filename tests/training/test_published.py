@@ -13,7 +13,8 @@ from in2nect.training.cli import main
 from tests.data import trees
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*_unetformer_*[24].yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*_*_*[24].yaml"))
+NETWORKS = {"unetformer": "unetformer", "manet": "manet", "lsknet": "lsknet_t"}
 TINY = [
     "--data.crop_size=64",
     "--data.batch_size=2",
@@ -31,19 +32,25 @@ def fit(config: str, root: Path, output: Path, *more: str) -> int:
     return main(["fit", f"--config={path}", f"--data.root={root}", f"--output={output}", *TINY, *more])
 
 
-def test_six_configurations_parse(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(CONFIGS) == 6
+def test_published_configurations_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    published = {(name, network, 512) for name in ("loveda", "vaihingen", "potsdam") for network in NETWORKS}
+    published |= {(name, "unetformer", 1024) for name in ("loveda", "vaihingen", "potsdam")}
+    found = set()
     for path in CONFIGS:
         with pytest.raises(SystemExit) as done:
             main(["fit", f"--config={path}", "--print_config"])
         assert done.value.code == 0
         resolved = yaml.safe_load(capsys.readouterr().out)
-        name, _, crop = path.stem.split("_")
+        name, network, crop = path.stem.split("_")
+        found.add((name, network, int(crop)))
         assert (resolved["data"]["dataset"], resolved["data"]["crop_size"]) == (name, int(crop))
+        assert resolved["model"]["network"] == NETWORKS[network]
+        assert resolved["output"] == f"runs/{path.stem}"
         assert resolved["protocol"] == ("loveda" if name == "loveda" else "isprs")
         assert resolved["trainer"]["max_epochs"] == {"loveda": 50, "vaihingen": 100, "potsdam": 100}[name]
         assert resolved["model"]["optimizer"]["lr"] == 5e-4
         assert (resolved["data"]["batch_size"], resolved["model"]["tuning"]["weight"]) == (16, 0.2)
+    assert found >= published
 
 
 def test_loveda_trains_validates_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +68,14 @@ def test_loveda_trains_validates_and_predicts(tmp_path: Path, capsys: pytest.Cap
     assert "none.zip: no such file" in capsys.readouterr().out
     assert main(["test", checkpoint]) == 2
     assert "labels of loveda's split 'test' are not public" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("network", "encoder"), [("manet", "test_efficientnet"), ("lsknet", "null")])
+def test_other_hosts_train_and_validate(tmp_path: Path, network: str, encoder: str) -> None:
+    trees.loveda(tmp_path / "loveda")
+    options = [f"--model.encoder={encoder}", "--model.gradient_checkpointing=true"]
+    assert fit(f"loveda_{network}_512.yaml", tmp_path / "loveda", tmp_path / "run", *options) == 0
+    assert main(["validate", f"--ckpt_path={tmp_path}/run/checkpoints/last.ckpt"]) == 0
 
 
 def test_bands_reach_the_network_the_normalisation_and_the_prediction(
