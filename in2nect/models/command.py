@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from in2nect.models.files import ModelDescription
+    from in2nect.models.importing import ImportReport
+    from in2nect.models.registry import SegmentationModel
 
 _LISTED_CLASSES = 7  # LoveDA's
 _SUMMARY = """usage: in2nect models COMMAND [OPTIONS]
@@ -17,14 +20,41 @@ _SUMMARY = """usage: in2nect models COMMAND [OPTIONS]
   list    the networks, with their parameters and their representation
   show    what a model file or a checkpoint holds
   export  a checkpoint of a run to a model file, which is enough to predict
+  import  a public checkpoint of one of these networks to a model file
 
 in2nect models COMMAND --help explains the options of one; all of them follow. docs/checkpoints.md describes the files.
 """
 
 
+@dataclass(frozen=True)
+class ImportSettings:
+    """Makes a model file of a public checkpoint.
+
+    It is told by its keys, which are those of UNetFormer (with any encoder, LSKNet too) or of MANet; every one of them
+    is used, or the import fails and lists it. A backbone alone is no model: it is for model.pretrained of
+    `in2nect fit`. Nothing in the file is run.
+
+    Attributes:
+        network: name of the network that the checkpoint is of; `in2nect models list` shows them.
+        classes: class file with the names in the order of the checkpoint's codes, colours and the ignored code.
+        output: NAME.safetensors; replaced if it is there.
+        encoder: timm name of the checkpoint's encoder; null for the network's own.
+        mean: what the checkpoint's training took off each channel, on the scale where an image is 0..1; null for what
+            the encoder was trained with. Their number is that of the channels.
+        std: what it then divided each channel by.
+    """
+
+    network: str
+    classes: str
+    output: str
+    encoder: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs `in2nect models` with its arguments; returns 0, or 2 where no command was given."""
-    commands = {"list": _list, "show": _show, "export": _export}
+    commands = {"list": _list, "show": _show, "export": _export, "import": _import}
     command, *rest = list(arguments) or [""]
     if command in ("", "-h", "--help"):
         print(_SUMMARY)
@@ -48,6 +78,7 @@ def _parser(command: str) -> ArgumentParser:
         "show": "Shows what a model file, or a checkpoint of a run, holds.",
         "export": "Writes a model file of a checkpoint: the weights of the network, as they are evaluated, without "
         "the auxiliary head, the losses and the state of the training; with a NAME.json beside it, for people.",
+        "import": " ".join((ImportSettings.__doc__ or "").split("Attributes:")[0].split()),
     }
     parser = ArgumentParser(prog=f"in2nect models {command}", description=texts[command])
     if command == "show":
@@ -55,6 +86,9 @@ def _parser(command: str) -> ArgumentParser:
     if command == "export":
         parser.add_argument("checkpoint", type=str, help="A .ckpt of a run.")
         parser.add_argument("--output", type=str, required=True, help="NAME.safetensors; replaced if it is there.")
+    if command == "import":
+        parser.add_argument("file", type=str, help="A .pth, .pt, .ckpt or .safetensors file.")
+        parser.add_class_arguments(ImportSettings)
     return parser
 
 
@@ -102,6 +136,45 @@ def _export(given: Any) -> None:
 
     save_model(given.output, *model_of(read_checkpoint(Path(given.checkpoint))))
     print(given.output)
+
+
+def _import(given: Any) -> None:
+    from in2nect.data.classes import Classes
+    from in2nect.models.files import ModelDescription, named, save_model
+    from in2nect.models.importing import import_state_dict
+    from in2nect.models.pretrained import read_state
+    from in2nect.models.registry import create_model
+
+    if (given.mean is None) != (given.std is None):
+        raise ValueError(f"--mean {given.mean} and --std {given.std}: give both, one value a channel, or neither")
+    classes = Classes.from_yaml(given.classes)
+    in_channels = 3 if given.mean is None else len(given.mean)
+    model = create_model(given.network, classes.num_classes, encoder=given.encoder, in_channels=in_channels)
+    state = read_state(given.file)
+    with named(given.file):
+        report = import_state_dict(model, state, strict=False)
+        _check_complete(model, report)
+    mean, std = given.mean or model.input_mean, given.std or model.input_std
+    description = ModelDescription(given.network, classes, tuple(mean), tuple(std), encoder=given.encoder)
+    save_model(given.output, model.state_dict(), description)
+    print(f"{given.output}: from {len(report.loaded)} tensors in the layout of {report.layout}")
+
+
+def _check_complete(model: SegmentationModel, report: ImportReport) -> None:
+    """Everything that an evaluation needs is there, and nothing without a place; an auxiliary head may be absent."""
+    from in2nect.models.pretrained import listing
+
+    if report.untouched:
+        raise ValueError(
+            f"a backbone alone ({report.layout}), and no decoder to predict with; train one over it: in2nect fit "
+            "--model.pretrained=FILE"
+        )
+    for_training = tuple(f"{name}." for name in model.training_only)
+    missing = [name for name in report.missing if not name.startswith(for_training)]
+    told = [f"{len(missing)} missing: {listing(missing)}"] if missing else []
+    told += [f"{len(report.extra)} of no use there: {listing(report.extra)}"] if report.extra else []
+    if told:
+        raise ValueError(f"not the weights of this network (layout {report.layout}); {'; '.join(told)}")
 
 
 def _print_description(description: ModelDescription) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 from in2nect import __version__
 from in2nect.data.classes import Classes
 from in2nect.files import replacing, write_json
+from in2nect.models.pretrained import listing
 from in2nect.models.registry import SegmentationModel, create_model, list_models
 
 SUFFIX = ".safetensors"
 FORMAT_VERSION = 1
 _HEADER = "in2nect"  # key of the JSON among the header's metadata
-_LISTED = 20  # names that a message lists
 
 
 @dataclass(frozen=True)
@@ -235,15 +235,10 @@ def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], desc
             if name in found and found[name].shape != value.shape
         ],
     }
-    told = [f"{len(names)} {what}: {_listing(names)}" for what, names in problems.items() if names]
+    told = [f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names]
     if told:
         encoder = f" with encoder {description.encoder!r}" if description.encoder else ""
         raise ValueError(f"not the weights of network {description.network!r}{encoder}; {'; '.join(told)}")
-
-
-def _listing(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _check_version(content: Any) -> None:

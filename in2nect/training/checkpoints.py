@@ -5,7 +5,6 @@ the model files that are made of them.
 can cut short.)
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from in2nect.data.classes import Classes
 from in2nect.files import replacing
 from in2nect.models.files import SUFFIX, ModelDescription, save_model
+from in2nect.models.pretrained import UNREADABLE
 
 _BEST = "best"
 _NAMING: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint; a run writes them to OUTPUT/checkpoints")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes): another kind of file than the checkpoint of a run, or one that "
             "was cut short or damaged"

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import rasterio
 import torch
 from safetensors.torch import load_file, save_file
 
-from in2nect.models import ModelDescription, create_model, read_description
+from in2nect.models import ModelDescription, create_model, load_model, read_description
+from in2nect.models.pretrained import read_state
 from in2nect.training.checkpoints import AtomicCheckpointIO, model_of, read_checkpoint
 from in2nect.training.cli import main
+from tests.training.conftest import CLASSES
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 SETTINGS = [
@@ -171,6 +174,68 @@ def test_export_and_show(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "mIoU" in shown[0] and "width 64, stride 4" in shown[0]
 
 
+PUBLIC = create_model("unetformer", 3, encoder="test_efficientnet")
+
+
+def public(folder: Path, *, without: str = "nothing", **changes: torch.Tensor) -> list[str]:
+    """A checkpoint as Lightning writes it for a module that calls the network `net`, and how to import it."""
+    CLASSES.to_yaml(folder / "classes.yaml")
+    state = {f"net.{name}": value for name, value in PUBLIC.state_dict().items() if not re.search(without, name)}
+    torch.save({"epoch": 3, "state_dict": {**state, **changes}}, folder / "public.ckpt")
+    options = ["--network=unetformer", "--encoder=test_efficientnet", f"--classes={folder}/classes.yaml"]
+    return ["models", "import", str(folder / "public.ckpt"), *options, f"--output={folder}/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "without", ["nothing", "aux_head|num_batches_tracked"], ids=["all of it", "what predictions need"]
+)
+def test_import(without: str, tmp_path: Path) -> None:
+    assert main(public(tmp_path, without=without)) == 0
+    model, description = load_model(tmp_path / "model.safetensors")
+    assert (description.classes, description.metrics, description.bands) == (CLASSES, None, None)
+    assert (description.mean, description.std) == (PUBLIC.input_mean, PUBLIC.input_std)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(model(x), PUBLIC.eval()(x))
+
+
+def test_import_with_another_normalisation(tmp_path: Path) -> None:
+    arguments = [*public(tmp_path), "--mean=[0.1,0.2,0.3]", "--std=[1,2,3]"]
+    assert main(arguments) == 0
+    description = read_description(tmp_path / "model.safetensors")
+    assert (description.mean, description.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (
+            {"without": r"p1\.weights"},
+            [],
+            "public.ckpt: not the weights of this network (layout UNetFormer); 1 missing: ",
+        ),
+        ({"net.other": torch.zeros(1)}, [], "1 of no use there: net.other"),
+        ({"net.decoder.p1.weights": torch.zeros(3)}, [], "net.decoder.p1.weights (3,), expected (2,)"),
+        ({"without": "."}, [], "in no known layout"),
+        (
+            {"without": ".", "patch_embed1.norm.weight": torch.zeros(32)},
+            ["--network=lsknet_t", "--encoder=null"],
+            "alone",
+        ),
+        ({}, ["--network=segnet"], "unknown model 'segnet'"),
+        ({}, ["--mean=[0.1,0.2,0.3]"], "--mean (0.1, 0.2, 0.3) and --std None: give both"),
+        ({}, ["--mean=[0.1,0.2,0.3]", "--std=[1,1,0]"], "and an std above 0"),
+        ({}, ["--classes=none.yaml"], "none.yaml: no such class file"),
+    ],
+)
+def test_what_cannot_be_imported(
+    changes: dict[str, Any], options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*public(tmp_path, **changes), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "list"]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
@@ -206,11 +271,14 @@ def test_mistakes(
     assert message in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_was_cut_short(run: Path, tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    path.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="or one that was cut short"):
-        read_checkpoint(path)
+@pytest.mark.parametrize("kept", [0, 10, -1000])
+@pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])
+def test_what_was_cut_short_is_neither_exported_nor_imported(kept: int, name: str, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes((run / "checkpoints" / name).read_bytes()[:kept])
+    for read in (read_checkpoint, read_state):
+        with pytest.raises(ValueError, match=r"bytes\).* was cut short"):
+            read(path)
 
 
 def test_the_documentation_holds(alone: Path) -> None:

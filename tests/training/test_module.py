@@ -182,6 +182,7 @@ def test_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
         assert torch.equal(module(images), again(images))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_a_checkpoint_keeps_the_scores_of_its_own_weights_alone(batch: dict[str, torch.Tensor]) -> None:
     module = build().eval()
     module.validation_step(batch, 0)
