@@ -30,6 +30,8 @@ SIZES = {
 class LSKNet(nn.Module):
     """Images (B, C, H, W) -> [c2, c3, c4, c5] at strides 4, 8, 16 and 32, sides rounded up; any size.
 
+    There is no stochastic depth.
+
     Attributes:
         feature_info: as timm's networks have it.
     """
