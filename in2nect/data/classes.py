@@ -73,34 +73,47 @@ class Classes:
             content = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not valid YAML: {error}") from error
-        entries = _entries(path, content)
-        ignore_index = content.get("ignore_index", 255)
-        if type(ignore_index) is not int:
-            raise ValueError(f"{path}: ignore_index: {ignore_index!r}; expected a whole number, 255 for example")
         try:
-            return cls(tuple(name for name, _ in entries), tuple(color for _, color in entries), ignore_index)
+            return cls.from_dict(content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Classes:
+        """The classes of a parsed class file.
+
+        Raises:
+            ValueError: naming the field, what it held and what was expected.
+        """
+        entries = _entries(content)
+        ignore_index = content.get("ignore_index", 255)
+        if type(ignore_index) is not int:
+            raise ValueError(f"ignore_index: {ignore_index!r}; expected a whole number, 255 for example")
+        return cls(tuple(name for name, _ in entries), tuple(color for _, color in entries), ignore_index)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a class file, as plain values: what `from_dict` reads back."""
+        entries = [{"name": name, "color": list(color)} for name, color in zip(self.names, self.colors, strict=True)]
+        return {"ignore_index": self.ignore_index, "classes": entries}
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write the class file that `from_yaml` reads back, atomically."""
         lines = [f"ignore_index: {self.ignore_index}", "classes:"]
-        for name, color in zip(self.names, self.colors, strict=True):
-            entry = {"name": name, "color": list(color)}
+        for entry in self.to_dict()["classes"]:
             lines.append("  - " + yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=1000).strip())
         write_text(path, "\n".join(lines) + "\n")
 
 
-def _entries(path: Path, content: Any) -> list[tuple[str, Color]]:
+def _entries(content: Any) -> list[tuple[str, Color]]:
     """The (name, color) pairs of a parsed class file, each checked for its form."""
     if not isinstance(content, Mapping) or not isinstance(content.get("classes"), list):
-        raise ValueError(f"{path}: classes: missing; expected a list of {{name: ..., color: [red, green, blue]}}")
+        raise ValueError("classes: missing; expected a list of {name: ..., color: [red, green, blue]}")
     unknown = sorted(str(key) for key in content if key not in ("classes", "ignore_index"))
     if unknown:
-        raise ValueError(f"{path}: {', '.join(unknown)}: unknown; the fields are `classes` and `ignore_index`")
+        raise ValueError(f"{', '.join(unknown)}: unknown; the fields are `classes` and `ignore_index`")
     entries: list[tuple[str, Color]] = []
     for position, entry in enumerate(content["classes"]):
-        field = f"{path}: classes[{position}]"
+        field = f"classes[{position}]"
         if not isinstance(entry, Mapping) or set(entry) != {"name", "color"}:
             raise ValueError(f"{field}: {entry!r}; expected {{name: ..., color: [red, green, blue]}}")
         if not isinstance(entry["name"], str) or not entry["name"]:

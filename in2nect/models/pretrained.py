@@ -12,6 +12,7 @@ from pickle import UnpicklingError
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ BUNDLED_MEAN = (127 / 255,) * 3
 BUNDLED_STD = (128 / 255,) * 3
 _LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)  # blocks a stage
 _SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
+UNREADABLE = (RuntimeError, EOFError, KeyError, UnpicklingError, SafetensorError)
+"""What torch.load and safetensors raise for a file that they cannot read: each kind of damage another."""
 _CLASSIFIERS = ("fc.", "classifier.", "head.")
 
 
@@ -53,14 +56,15 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
+    except UNREADABLE as error:
         raise ValueError(
-            f"{path} is damaged or holds more than tensors and plain values, which only running code in it could "
-            "bring back; where it comes from, save the state alone: torch.save(model.state_dict(), path)"
+            f"{path} ({path.stat().st_size:,} bytes) is damaged, was cut short or holds more than tensors and plain "
+            "values, which only running code in it could bring back; copy it again, or, where it comes from, save the "
+            "state alone: torch.save(model.state_dict(), path)"
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

@@ -12,6 +12,7 @@ _COMMANDS = {
     "test": "score a checkpoint on the test split, at native resolution",
     "predict": "write class codes of whole rasters as GeoTIFFs",
     "data": "check, prepare or download a data set, or check a submission",
+    "models": "list the networks; show, export or import a model file",
     "demo": "train with and without the losses on a synthetic scene, and compare",
     "doctor": "show versions, devices and which backends work",
 }
@@ -53,6 +54,10 @@ def _run(arguments: list[str]) -> int:
         from in2nect.data.command import main as data
 
         return data(rest)
+    if command == "models":
+        from in2nect.models.command import main as models
+
+        return models(rest)
     if command == "demo":
         from in2nect.demo import main as demo
 

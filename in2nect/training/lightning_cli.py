@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from in2nect.files import write_text
 from in2nect.metrics.protocols import Protocol
+from in2nect.models.files import SUFFIX, load_model, read_description
 from in2nect.prediction.augmentation import AugmentationName
 from in2nect.prediction.submission import SubmissionName
 from in2nect.training.callbacks import ScoresTable, SubmissionWriter, progress, quieten
@@ -139,8 +140,23 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if config.ckpt_path is not None:
             config.ckpt_path = str(_checkpoint(config.ckpt_path, config.output))
-        if self.config.subcommand != "fit":
+        if _is_model_file(config.ckpt_path):
+            self._parse_model_file()
+        elif self.config.subcommand != "fit":
             super()._parse_ckpt_path()
+
+    def _parse_model_file(self) -> None:
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand == "fit":
+            raise ValueError(
+                f"{config.ckpt_path}: a model file holds what predictions need, and no state of a training; resume "
+                "from last.ckpt"
+            )
+        description = read_description(config.ckpt_path)
+        config.model.network, config.model.encoder = description.network, description.encoder
+        config.model.in_channels = description.in_channels
+        if config.data.bands is None:
+            config.data.bands = description.bands
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         output = Path(self._get(self.config_init, "output"))
@@ -170,6 +186,10 @@ class TrainingCLI(LightningCLI):
         self.model.prediction = prediction
         self.model.protocol = self._get(self.config_init, "protocol")
         self.model.tta = self._get(self.config_init, "tta")
+        path = self._get(self.config_init, "ckpt_path")
+        if _is_model_file(path):
+            self.model.adopt(*load_model(path))
+            self.config_init[self.subcommand].ckpt_path = None  # for the trainer: nothing is left to load
 
     def validate(self, **options: Any) -> None:
         """Trainer.validate; ScoresTable prints the scores."""
@@ -205,12 +225,16 @@ class _Parser(LightningArgumentParser):
         """Nothing: an error is told with the way to --help, not with a hundred lines of options."""
 
 
+def _is_model_file(path: str | None) -> bool:
+    return path is not None and Path(path).suffix == SUFFIX
+
+
 def _checkpoint(given: str, output: str) -> Path:
     """The file that `--ckpt_path` means: a path, or last or best of the run in `output`."""
     path = Path(output) / "checkpoints" / f"{given}.ckpt" if given in ("last", "best") else Path(given)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such checkpoint; a run writes last.ckpt and best.ckpt to OUTPUT/checkpoints"
+            f"{path}: no such checkpoint; a run writes last.ckpt, best.ckpt and best{SUFFIX} to OUTPUT/checkpoints"
         )
     return path
 

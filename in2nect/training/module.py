@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from in2nect.data.classes import Classes
 from in2nect.loss import In2NeCTLoss
 from in2nect.metrics import SegmentationMetrics, SegmentationScores
 from in2nect.metrics.protocols import Protocol
-from in2nect.models import SegmentationModel, TrainingOutput, create_model
+from in2nect.models import ModelDescription, SegmentationModel, TrainingOutput, create_model
 from in2nect.ops.backend import select
 from in2nect.prediction.augmentation import AugmentationName, class_probabilities
 from in2nect.prediction.scene import predict_raster
 from in2nect.prediction.sizes import any_size
 from in2nect.training.audit import IntraAudit, audit_intra, most_pixels, seen_by
+from in2nect.training.checkpoints import classes_of
 from in2nect.training.losses import SegmentationLoss
 from in2nect.training.settings import LossSettings, OptimizerSettings, PredictionSettings, TuningSettings
 from in2nect.training.timing import ImageTimer
@@ -105,6 +106,7 @@ class SegmentationModule(lightning.LightningModule):
         self._audited_step = -1
         self._audit_warned = False
         self._predicted: set[Path] = set()
+        self._scored_step = -1
         self.save_hyperparameters(
             {
                 "network": network,
@@ -150,13 +152,24 @@ class SegmentationModule(lightning.LightningModule):
         self.register_buffer("input_std", _per_channel(self.model.input_std))
         self.segmentation_loss = SegmentationLoss(self.loss, classes.ignore_index)
         self.criterion = self._make_criterion() if self.tuning.enabled else None
-        self.metrics = SegmentationMetrics(classes.num_classes, classes.names, classes.ignore_index, self.protocol)
+        self.metrics = self._make_metrics()
+
+    def adopt(self, model: SegmentationModel, description: ModelDescription) -> None:
+        """Takes the network of a model file, to evaluate and to predict; there are no losses to train it with."""
+        self.classes, self.pretrained = description.classes, False
+        self.network, self.encoder, self.in_channels = description.network, description.encoder, description.in_channels
+        self.model = model.to(memory_format=self.memory_format)
+        self.register_buffer("input_mean", _per_channel(description.mean))
+        self.register_buffer("input_std", _per_channel(description.std))
+        self.criterion = None
+        self.metrics = self._make_metrics()
 
     def setup(self, stage: str) -> None:
         if stage != "predict":  # for which the checkpoint's own classes are enough
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            data, built = self.trainer.datamodule, hasattr(self, "classes")  # type: ignore[attr-defined]
             self.build(data.classes)
-            if getattr(data, "mean", None) is not None:  # else the encoder's; a checkpoint brings its own
+            # Where data.mean is not given, it is the encoder's; a checkpoint or a model file brings its own.
+            if not built and getattr(data, "mean", None) is not None:
                 self.input_mean, self.input_std = _per_channel(data.mean), _per_channel(data.std)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -255,6 +268,8 @@ class SegmentationModule(lightning.LightningModule):
             "colors": [list(color) for color in self.classes.colors],
             "ignore_index": self.classes.ignore_index,
         }
+        checkpoint["bands"] = self._trained_bands()
+        checkpoint["metrics"] = self._validation_of_these_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "classes" not in checkpoint:
@@ -263,9 +278,9 @@ class SegmentationModule(lightning.LightningModule):
             self._check_settings(checkpoint["hyper_parameters"])
         if not hasattr(self, "classes"):
             self.pretrained = False  # the checkpoint's own weights follow
-        stored = checkpoint["classes"]
-        colors = tuple((red, green, blue) for red, green, blue in stored["colors"])
-        self.build(Classes(tuple(stored["names"]), colors, stored["ignore_index"]))
+        self.build(classes_of(checkpoint))
+        if self.prediction.bands is None and checkpoint.get("bands") is not None:
+            self.prediction = replace(self.prediction, bands=tuple(checkpoint["bands"]))
 
     def _check_settings(self, stored: Mapping[str, Any]) -> None:
         """Refuses to go on with a training under other settings; where the first weights came from does not matter."""
@@ -281,11 +296,27 @@ class SegmentationModule(lightning.LightningModule):
                 "to resume it (OUTPUT/config.yaml holds them), or train anew without --ckpt_path"
             )
 
+    def _trained_bands(self) -> list[int] | None:
+        bands = getattr(getattr(self._trainer, "datamodule", None), "bands", None)
+        return None if bands is None else list(bands)
+
+    def _validation_of_these_weights(self) -> dict[str, Any] | None:
+        """The scores, where no step was taken since, without the confusion matrix."""
+        if self.scores is None or self._scored_step != self.global_step:
+            return None
+        scores = self.scores.to_dict(self.classes.names)
+        del scores["confusion"]
+        return {"split": "val", "protocol": self.protocol, **scores}
+
     def _codes(self, images: Tensor) -> Tensor:
         """Class codes (B, H, W) under `tta`."""
         if self.tta == "none":
             return self(images).argmax(1)  # as in validation
         return class_probabilities(self, images, self.classes.num_classes, self.tta).argmax(1)
+
+    def _make_metrics(self) -> SegmentationMetrics:
+        classes = self.classes
+        return SegmentationMetrics(classes.num_classes, classes.names, classes.ignore_index, self.protocol)
 
     def _make_criterion(self) -> In2NeCTLoss:
         options = {name: value for name, value in asdict(self.tuning).items() if name not in ("enabled", "intra_audit")}
@@ -359,7 +390,7 @@ class SegmentationModule(lightning.LightningModule):
             rank_zero_warn(_audit_warning(found, self.global_step, self.tuning))
 
     def _log_scores(self, split: str) -> None:
-        self.scores = self.metrics.compute()
+        self.scores, self._scored_step = self.metrics.compute(), self.global_step
         means = {"mean_iou": self.scores.mean_iou, "mean_f1": self.scores.mean_f1, "oa": self.scores.overall_accuracy}
         self.log_dict({f"{split}/{name}": value.float() for name, value in means.items()})
         self.log_dict(

@@ -178,7 +178,7 @@ def test_a_file_that_would_run_code(tmp_path: Path) -> None:
     torch.save(
         {"state_dict": {"weight": torch.zeros(1)}, "hyper_parameters": Path("config")}, tmp_path / "weights.ckpt"
     )
-    with pytest.raises(ValueError, match=r"weights\.ckpt is damaged or holds more than tensors and plain values"):
+    with pytest.raises(ValueError, match=r"weights\.ckpt .* holds more than tensors and plain values"):
         read_state(tmp_path / "weights.ckpt")
 
 

@@ -180,3 +180,16 @@ def test_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
         assert torch.equal(module(images), again(images))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_checkpoint_keeps_the_scores_of_its_own_weights_alone(batch: dict[str, torch.Tensor]) -> None:
+    module = build().eval()
+    module.validation_step(batch, 0)
+    module.on_validation_epoch_end()
+    stored: dict[str, Any] = {}
+    module.on_save_checkpoint(stored)
+    assert stored["metrics"]["mean_iou"] == pytest.approx(float(module.scores.mean_iou))  # type: ignore[union-attr]
+    module._trainer = SimpleNamespace(global_step=1, datamodule=SimpleNamespace(bands=(2, 1, 3)))  # type: ignore[assignment]
+    module.on_save_checkpoint(stored)  # a step later
+    assert stored["metrics"] is None and stored["bands"] == [2, 1, 3]
