@@ -291,10 +291,11 @@ class _AmongRanks(NamedTuple):
     ) -> _AmongRanks:
         raw, flat = reference.all_rows(features, labels, resolution="feature")
         pixels = valid_mask(flat, num_classes, ignore_index).nonzero()[:, 0]
-        raw, classes = raw[pixels], flat[pixels].long()
+        raw, codes = raw[pixels], flat[pixels]
         blocks = distributed.RowBlocks.of(raw, group)
-        keys = blocks.gather(raw.to(features.dtype)).to(raw.dtype)  # sent as narrow as they are
-        key_classes = blocks.gather(classes)
+        # sent as narrow as they are
+        keys, key_classes = blocks.gather(raw.to(features.dtype)).to(raw.dtype), blocks.gather(codes).long()
+        classes = codes.long()
         if normalize:
             return cls(pixels, raw, reference.unit_rows(raw), classes, reference.unit_rows(keys), key_classes, blocks)
         return cls(pixels, raw, raw, classes, keys, key_classes, blocks)
