@@ -27,7 +27,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(d
 
 def group_name(process_group: ProcessGroup | Literal["world"] | None) -> str | None:
     """The name by which operators find a process group, or None where there is nothing to reduce: no group is given,
-    torch.distributed is not initialised, or the group has one rank.
+    torch.distributed is not initialised, or the group has one rank, or has not this one.
 
     Args:
         process_group: a group, "world" for all ranks, or None.
@@ -101,19 +101,23 @@ class RowBlocks(NamedTuple):
     def gather(self, rows: Tensor) -> Tensor:
         """Rows (M, ...) of all ranks from this rank's (n, ...); sent padded to the longest block. Not
         differentiable: :meth:`sum_of_own` is its adjoint."""
-        padded = rows.new_zeros((max(self.sizes), *rows.shape[1:]))
+        padded = rows.new_zeros((self._longest, *rows.shape[1:]))
         padded[: len(rows)] = rows
         blocks = gather(padded, self.group)
         return torch.cat([block[:size] for block, size in zip(blocks, self.sizes)])
 
     def sum_of_own(self, rows: Tensor) -> Tensor:
         """The sum over ranks of rows (M, ...), of which each rank gets its own (n, ...)."""
-        padded = rows.new_zeros((len(self.sizes), max(self.sizes), *rows.shape[1:]))
+        padded = rows.new_zeros((len(self.sizes), self._longest, *rows.shape[1:]))
         for block, own in zip(padded, rows.split(self.sizes)):
             block[: len(own)] = own
         summed = torch.empty_like(padded[0])
         _reduce_scatter(summed.view(-1), padded.view(-1), group=_resolve(self.group))
         return summed[: self.sizes[rank_in(self.group)]]
+
+    @property
+    def _longest(self) -> int:
+        return max(*self.sizes, 1)  # an empty collective is not something that every backend has
 
 
 def global_mean(total: Tensor, weight: Tensor, *, process_group: ProcessGroup | Literal["world"] | None) -> Tensor:

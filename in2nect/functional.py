@@ -6,8 +6,8 @@ class; at label resolution N of ``moments`` is the cells, and a label pixel cost
 them at label resolution.
 Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
 ``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
-use :func:`in2nect.reference.intra_class_loss`. With a ``process_group`` they are of the batch of all its ranks, and
-their gradient is that of :mod:`in2nect.distributed`.
+use :func:`in2nect.reference.intra_class_loss`. Beyond the reference they take a ``process_group``, whose ranks' batches
+are one batch; the scale of the gradient is that of :mod:`in2nect.distributed`.
 """
 
 from __future__ import annotations

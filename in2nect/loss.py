@@ -152,7 +152,7 @@ class In2NeCTLoss(nn.Module):
             torch.distributed is initialised with more than one, else the batch at hand. Every rank of the group must
             then call at every step; each gets the loss of the global batch, and a gradient which
             DistributedDataParallel's average over ranks makes that of the global batch (:mod:`in2nect.distributed`).
-            None: the batch at hand, whatever the other ranks do; also a ProcessGroup.
+            A ProcessGroup: its ranks. None: the batch at hand, whatever other ranks do.
 
     Raises:
         ValueError: sizes or settings that cannot work together; the message says which.

@@ -282,6 +282,7 @@ def check_operators(rank: int) -> None:
     z = features.requires_grad_()
     opcheck(torch.ops.in2nect.class_moments, (z, labels, CLASSES, 255, "label", 0.7, "pooled", True, group))
     opcheck(torch.ops.in2nect.class_sums, (z, labels, CLASSES, 255, "label", True, True, group))
+    opcheck(torch.ops.in2nect.intra_exact, (z, labels[:, ::2, ::2], CLASSES, 255, 0.7, True, group))
     seeds = torch.tensor([[1, 2], [3, 4]])
     opcheck(torch.ops.in2nect.sample_global_pixels, (labels, CLASSES, 3, seeds, 255, group))
     indices = ops.sample_global_pixels(labels, CLASSES, 3, seeds, group).flatten()

@@ -71,11 +71,10 @@ def test_many_classes(cpu_backend):
 
 
 @pytest.mark.parametrize("by_class", [False, True])
-@pytest.mark.parametrize("pixels", [(5, 4), (10, 8), (0, 0)])
+@pytest.mark.parametrize("pixels", [(5, 4), (10, 8)])
 def test_given_weights(cpu_backend, pixels, by_class):
     """With process groups the second moments are weighted by the classes of all ranks, some of which are not here."""
     features, labels = clustered(5, 6, labels=pixels, absent=(1,))
-    features = features if pixels != (0, 0) else features[..., :0, :0]
     weights = torch.rand(5, dtype=features.dtype)
     run = backend.select("class_moments", features.device)
     counts, *_, given = run(features, labels, 5, 255, False, by_class, weights)
