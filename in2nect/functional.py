@@ -6,19 +6,24 @@ class; at label resolution N of ``moments`` is the cells, and a label pixel cost
 them at label resolution.
 Signatures, and results to rounding, are those of :mod:`in2nect.reference`. They are once differentiable, but for
 ``class_means`` and ``inter_class_loss``, which are any number of times; for second derivatives of the intra-class loss
-use :func:`in2nect.reference.intra_class_loss`.
+use :func:`in2nect.reference.intra_class_loss`. Beyond the reference they take a ``process_group``, whose ranks' batches
+are one batch; the scale of the gradient is that of :mod:`in2nect.distributed`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from in2nect import ops, reference
+from in2nect import distributed, ops, reference
 from in2nect.labels import Resolution, as_grid, check_inputs, to_feature_grid
 from in2nect.reference import Covariance, Denominator, Estimator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def class_means(
@@ -28,6 +33,7 @@ def class_means(
     *,
     ignore_index: int = 255,
     resolution: Resolution = "label",
+    process_group: ProcessGroup | Literal["world"] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean representation of each class's pixels (Eq. 3).
 
@@ -38,6 +44,9 @@ def class_means(
         ignore_index: label of pixels that belong to no class.
         resolution: "label": features are bilinearly brought to the labels (align_corners=False); "feature": labels are
             brought to the feature grid by nearest neighbour.
+        process_group: of torch.distributed, over whose ranks the pixels are taken: a group, "world" for all ranks
+            (nothing, where torch.distributed is not initialised), or None for the pixels given here. Every rank of the
+            group must call, and gets the same means.
 
     Returns:
         Means (K, d), 0 for absent classes, and counts (K,) int64. Means are float32, or float64 for float64 features.
@@ -47,7 +56,14 @@ def class_means(
             ``ignore_index``.
         TypeError: dtypes.
     """
-    sums, counts, _ = ops.class_sums(features, labels, num_classes, ignore_index=ignore_index, resolution=resolution)
+    sums, counts, _ = ops.class_sums(
+        features,
+        labels,
+        num_classes,
+        ignore_index=ignore_index,
+        resolution=resolution,
+        group=distributed.group_name(process_group),
+    )
     return sums / counts.clamp(min=1)[:, None].to(sums.dtype), counts
 
 
@@ -99,6 +115,7 @@ def intra_class_loss(
     ignore_index: int = 255,
     resolution: Resolution = "label",
     generator: torch.Generator | None = None,
+    process_group: ProcessGroup | Literal["world"] | None = None,
 ) -> Tensor:
     """Class-averaged pairwise loss (Eq. 6): it pulls the pixels of a class together and away from all others'.
 
@@ -115,7 +132,8 @@ def intra_class_loss(
         normalize: compare directions (cosine similarity); False compares raw rows, which "moments" cannot.
         ignore_index: label of pixels that belong to no class.
         resolution: see :func:`class_means`.
-        generator: of "sampled"; None takes torch's default one.
+        generator: of "sampled"; None takes torch's default one. Of a process group, the first rank's counts.
+        process_group: see :func:`class_means`; the loss is the same on every rank.
 
     Returns:
         Scalar, float32 or float64 for float64 features. Classes with a single pixel are negatives only; where no class
@@ -127,6 +145,7 @@ def intra_class_loss(
     """
     reference.check_settings(estimator, covariance, temperature, normalize)
     check_inputs(features, labels, num_classes, resolution)
+    group = distributed.group_name(process_group)
     with _full_precision(features):
         if estimator == "exact":
             grid, grid_labels = _one_grid(features, labels, resolution)
@@ -137,6 +156,7 @@ def intra_class_loss(
                 ignore_index=ignore_index,
                 temperature=temperature,
                 normalize=normalize,
+                group=group,
             )
         if estimator == "moments":
             return ops.class_moments(
@@ -147,6 +167,7 @@ def intra_class_loss(
                 resolution=resolution,
                 temperature=temperature,
                 covariance=covariance,
+                group=group,
             ).loss
         # The features are differentiated along several ways, whose sum is to be rounded to their dtype once.
         features = features.to(ops.accumulation_dtype(features.dtype))
@@ -158,6 +179,7 @@ def intra_class_loss(
             resolution=resolution,
             normalize=normalize,
             squares=True,
+            group=group,
         )
         n = counts.to(sums.dtype)
         paired = counts >= 2
@@ -172,8 +194,9 @@ def intra_class_loss(
             normalize,
             ignore_index,
             resolution,
-            paired,
+            counts,
             generator,
+            group,
         )
         return log_d - positive
 
@@ -187,6 +210,7 @@ def class_means_and_intra_class_loss(
     temperature: float = 1.0,
     ignore_index: int = 255,
     resolution: Resolution = "label",
+    process_group: ProcessGroup | Literal["world"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`class_means` and :func:`intra_class_loss` by "moments" in the same passes over the features, which also
     write one gradient in place of two; arguments and errors are theirs.
@@ -204,6 +228,7 @@ def class_means_and_intra_class_loss(
         temperature=temperature,
         covariance=covariance,
         sums=True,
+        group=distributed.group_name(process_group),
     )
     return sums / counts.clamp(min=1)[:, None].to(sums.dtype), counts, loss
 
@@ -242,23 +267,27 @@ def _sampled(
     normalize: bool,
     ignore_index: int,
     resolution: Resolution,
-    paired: Tensor,
+    counts: Tensor,
     generator: torch.Generator | None,
+    group: str | None,
 ) -> Tensor:
     """``sum_k mean_{i in I_k} log D_i`` with log D over keys J, both drawn per class."""
     grid, grid_labels = as_grid(features, labels)
     if resolution == "feature":
         grid_labels = to_feature_grid(grid_labels, *grid.shape[2:])
     height, width = grid_labels.shape[1:]
-    drawn_rows, drawn_weights = [], []
-    for seed in reference.draw_seeds(generator, features.device):
-        indices = ops.sample_pixels(grid_labels, num_classes, per_class, seed, ignore_index=ignore_index)  # (K, m)
-        there = indices >= 0
-        drawn_rows.append(ops.gather_rows(grid, indices.flatten(), height, width, normalize=normalize))
-        drawn_weights.append(there / there.sum(1, keepdim=True).clamp(min=1).to(drawn_rows[-1].dtype))
-    anchor_weights = torch.where(paired[:, None], drawn_weights[0], 0.0).flatten()
-    log_d = ops.pair_logsumexp(drawn_rows[0], drawn_weights[1].flatten(), temperature, keys=drawn_rows[1])
-    return _weighted(anchor_weights, log_d)
+    seeds = reference.draw_seeds(generator, features.device)
+    if group is None:
+        drawn = [ops.sample_pixels(grid_labels, num_classes, per_class, s, ignore_index=ignore_index) for s in seeds]
+        anchors, keys = (ops.gather_rows(grid, i.flatten(), height, width, normalize=normalize) for i in drawn)
+    else:
+        indices = ops.sample_global_pixels(grid_labels, num_classes, per_class, seeds, group, ignore_index=ignore_index)
+        rows = ops.gather_rows(grid, indices.flatten(), height, width, normalize=normalize, group=group)
+        anchors, keys = rows.chunk(2)
+    there = torch.arange(per_class, device=counts.device) < counts[:, None]  # (K, m)
+    weights = there / counts.clamp(min=1, max=per_class)[:, None].to(anchors.dtype)
+    anchor_weights = torch.where(counts[:, None] >= 2, weights, 0.0).flatten()
+    return _weighted(anchor_weights, ops.pair_logsumexp(anchors, weights.flatten(), temperature, keys=keys))
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

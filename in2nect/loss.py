@@ -4,7 +4,7 @@ them is needed to predict.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from in2nect import functional
 from in2nect.etf import EtfClassifier
 from in2nect.labels import Resolution, check_inputs
 from in2nect.reference import Covariance, Denominator, Estimator, check_settings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class In2NeCTTerms(NamedTuple):
@@ -33,6 +36,7 @@ class InterClassLoss(nn.Module):
         resolution: "label" or "feature", see :func:`in2nect.functional.class_means`.
         ignore_index: label of pixels that belong to no class.
         seed: of the ETF's rotation.
+        process_group: over whose ranks the class means are taken, see :class:`In2NeCTLoss`.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class InterClassLoss(nn.Module):
         resolution: Resolution = "label",
         ignore_index: int = 255,
         seed: int = 0,
+        process_group: ProcessGroup | Literal["world"] | None = "world",
     ) -> None:
         super().__init__()
         self.classifier = EtfClassifier(num_classes, dim, seed=seed)
@@ -51,19 +56,26 @@ class InterClassLoss(nn.Module):
         self.denominator: Denominator = denominator
         self.resolution: Resolution = resolution
         self.ignore_index = ignore_index
+        self.process_group: ProcessGroup | Literal["world"] | None = process_group
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of features (B, d, h, w) or (N, d) under labels (B, H, W) or (N,)."""
         check_inputs(features, labels, self.num_classes, self.resolution)
         _check_width(features, self.classifier.weight.shape[1])
         means, counts = functional.class_means(
-            features, labels, self.num_classes, ignore_index=self.ignore_index, resolution=self.resolution
+            features,
+            labels,
+            self.num_classes,
+            ignore_index=self.ignore_index,
+            resolution=self.resolution,
+            process_group=self.process_group,
         )
         return functional.inter_class_loss(means, counts, self.classifier.weight, denominator=self.denominator)
 
 
 class IntraClassLoss(nn.Module):
-    """Class-averaged pairwise loss: :func:`in2nect.functional.intra_class_loss`, which documents every argument."""
+    """Class-averaged pairwise loss: :func:`in2nect.functional.intra_class_loss`, which documents every argument but for
+    the process group, whose default is that of :class:`In2NeCTLoss`."""
 
     def __init__(
         self,
@@ -76,6 +88,7 @@ class IntraClassLoss(nn.Module):
         normalize: bool = True,
         resolution: Resolution = "label",
         ignore_index: int = 255,
+        process_group: ProcessGroup | Literal["world"] | None = "world",
     ) -> None:
         super().__init__()
         check_settings(estimator, covariance, temperature, normalize)
@@ -87,6 +100,7 @@ class IntraClassLoss(nn.Module):
         self.normalize = normalize
         self.resolution: Resolution = resolution
         self.ignore_index = ignore_index
+        self.process_group: ProcessGroup | Literal["world"] | None = process_group
 
     def forward(self, features: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Scalar loss of features (B, d, h, w) or (N, d) under labels (B, H, W) or (N,)."""
@@ -102,6 +116,7 @@ class IntraClassLoss(nn.Module):
             ignore_index=self.ignore_index,
             resolution=self.resolution,
             generator=generator,
+            process_group=self.process_group,
         )
 
     @property
@@ -133,6 +148,11 @@ class In2NeCTLoss(nn.Module):
             give them to the optimiser. None applies the losses to the features themselves, as the paper does.
         ignore_index: label of pixels that belong to no class.
         seed: of the ETF's rotation.
+        process_group: of torch.distributed, whose ranks' batches are one batch. "world": all ranks where
+            torch.distributed is initialised with more than one, else the batch at hand. Every rank of the group must
+            then call at every step; each gets the loss of the global batch, and a gradient which
+            DistributedDataParallel's average over ranks makes that of the global batch (:mod:`in2nect.distributed`).
+            A ProcessGroup: its ranks. None: the batch at hand, whatever other ranks do.
 
     Raises:
         ValueError: sizes or settings that cannot work together; the message says which.
@@ -154,6 +174,7 @@ class In2NeCTLoss(nn.Module):
         projection: int | None = None,
         ignore_index: int = 255,
         seed: int = 0,
+        process_group: ProcessGroup | Literal["world"] | None = "world",
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -168,6 +189,7 @@ class In2NeCTLoss(nn.Module):
             resolution=resolution,
             ignore_index=ignore_index,
             seed=seed,
+            process_group=process_group,
         )
         self.intra = IntraClassLoss(
             num_classes,
@@ -178,6 +200,7 @@ class In2NeCTLoss(nn.Module):
             normalize=normalize,
             resolution=resolution,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
 
     def forward(self, features: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> In2NeCTTerms:
@@ -211,6 +234,7 @@ class In2NeCTLoss(nn.Module):
             temperature=intra.temperature,
             ignore_index=inter.ignore_index,
             resolution=inter.resolution,
+            process_group=inter.process_group,
         )
         return functional.inter_class_loss(means, counts, inter.classifier.weight, denominator=inter.denominator), loss
 

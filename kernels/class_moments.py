@@ -62,10 +62,16 @@ MOMENTS, MIXTURES, BACKWARD = (tl.constexpr(i) for i in range(3))  # what a gath
 
 
 def class_moments(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, sums: bool, by_class: bool
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    sums: bool,
+    by_class: bool,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Counts (K,) int64, raw sums (K, d) or (0, d), sums (K, d) and squares (K,) of unit rows, second moments (d, d) or
-    (K, d, d) of features (B, d, h, w) under labels (B, H, W).
+    (K, d, d) of features (B, d, h, w) under labels (B, H, W), weighted by weights (K,), or else by ``1 / counts``.
 
     On CUDA, a label that is neither a class nor ``ignore_index`` raises a device-side assertion.
     """
@@ -78,7 +84,7 @@ def class_moments(
         second = torch.zeros((num_classes, dim, dim) if by_class else (dim, dim), dtype=dtype, device=device)
         return counts.zero_(), raw, unit, unit.new_zeros(num_classes), second
     _count(classes, counts)
-    shares = torch.where(counts > 0, 1.0 / counts.clamp(min=1).to(dtype), 0.0)
+    shares = torch.where(counts > 0, 1.0 / counts.clamp(min=1).to(dtype), 0.0) if weights is None else weights
     if _whole_rows(features, classes) and not by_class:
         return counts, *_same_grid_moments(features, classes, shares, sums)
     matrices = num_classes if by_class else 1

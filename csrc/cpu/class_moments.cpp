@@ -676,10 +676,14 @@ Tensor zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> class_moments(Tensor features, Tensor labels,
                                                                           int64_t num_classes, int64_t ignore_index,
-                                                                          bool sums, bool by_class) {
+                                                                          bool sums, bool by_class,
+                                                                          std::optional<Tensor> weights) {
   const Shape shape = checked_shape(features, labels, num_classes);
   const ScalarType type = accumulator_type(features.scalar_type());
   const int64_t d = shape.channels, K = shape.classes;
+  if (weights.has_value()) {
+    require_classes("weights", *weights, {K}, type);
+  }
   const Labels view_of_labels(labels, K, ignore_index);
   int64_t strays = 0;
   const std::vector<int64_t> found = count_classes(view_of_labels, shape, ignore_index, &strays);
@@ -696,8 +700,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> class_moments(Tensor
     PassInput<A> input;
     input.classes.number = P;
     input.weights.resize(P + 1);
+    const A* given = weights.has_value() ? static_cast<const A*>(weights->const_data_ptr()) : nullptr;
     for (int64_t place = 0; place < P; ++place) {
-      input.weights[place + 1] = A(1) / static_cast<A>(found[present[place]]);
+      const int64_t k = present[place];
+      input.weights[place + 1] = given != nullptr ? given[k] : A(1) / static_cast<A>(found[k]);
     }
     input.set_tables();
     const PassSizes<A> sizes{0, 0, sums ? 2 * P : P, matrices, P};

@@ -11,7 +11,8 @@
 
 STABLE_TORCH_LIBRARY(in2nect_cpp, library) {
   library.def(
-      "class_moments(Tensor features, Tensor labels, int num_classes, int ignore_index, bool sums, bool by_class)"
+      "class_moments(Tensor features, Tensor labels, int num_classes, int ignore_index, bool sums, bool by_class,"
+      " Tensor? weights=None)"
       " -> (Tensor counts, Tensor sums, Tensor unit_sums, Tensor squares, Tensor second, int strays)");
   library.def(
       "class_moments_mixtures(Tensor features, Tensor labels, Tensor centres, Tensor? curvatures, Tensor present,"

@@ -1,20 +1,27 @@
 """Collapse degrees (the paper's Table 2, repaired) and the neural-collapse measures NC1 to NC4 (Papyan, Han and Donoho
 2020).
 
-Streaming: sums over batches in float64, O(K d + d^2) memory; no pixel is kept.
+Streaming: sums over batches in float64, O(K d + d^2) memory; no pixel is kept. On several processes each adds up its
+own batches, and :meth:`CollapseMetrics.all_reduce` adds these.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from in2nect import ops, reference
+from in2nect import distributed, ops, reference
 from in2nect.labels import Resolution, valid_mask
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_STATE = ("_counts", "_sums", "_unit_sums", "_unit_squares", "_second_moment", "_agreeing", "_compared")
 
 
 class CollapseMetrics:
@@ -43,7 +50,8 @@ class CollapseMetrics:
         self._unit_sums = torch.zeros_like(self._sums)
         self._unit_squares = torch.zeros(self.num_classes, dtype=torch.float64)
         self._second_moment = torch.zeros(self.dim, self.dim, dtype=torch.float64)
-        self._agreeing = self._compared = 0
+        self._agreeing, self._compared = torch.zeros(2, dtype=torch.int64).unbind()
+        self._of_all = [torch.zeros_like(getattr(self, name)) for name in _STATE]
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -111,8 +119,26 @@ class CollapseMetrics:
             weights = classifier.detach().double().cpu().flatten(1)[present]
             measures["nc3"] = (weights / weights.norm() - centred / centred.norm()).norm()
         if self._compared:
-            measures["nc4"] = torch.tensor(1.0 - self._agreeing / self._compared)
+            measures["nc4"] = 1.0 - self._agreeing / self._compared
         return {name: float(value) for name, value in measures.items()}
+
+    def all_reduce(self, process_group: ProcessGroup | Literal["world"] | None = "world") -> None:
+        """Add what each rank of a group has added since the last call; then all of them have the same, and go on from
+        there. Every rank must call: behind the last :meth:`update`, and once more behind the last
+        :meth:`update_agreement`, which needs the means of all.
+
+        Args:
+            process_group: "world" for all ranks (nothing is done where torch.distributed is not initialised).
+        """
+        group = distributed.group_name(process_group)
+        if group is None:
+            return
+        device = "cuda" if dist.get_backend(None if process_group == "world" else process_group) == "nccl" else "cpu"
+        added = [(getattr(self, name) - old).to(device) for name, old in zip(_STATE, self._of_all)]
+        summed = distributed.sum_over_ranks(*added, group=group)
+        self._of_all = [old + new.cpu() for old, new in zip(self._of_all, summed)]
+        for name, value in zip(_STATE, self._of_all):
+            setattr(self, name, value.clone())
 
     @torch.no_grad()
     def update_agreement(self, features: Tensor, labels: Tensor, predictions: Tensor) -> None:
@@ -134,7 +160,7 @@ class CollapseMetrics:
         mask = valid_mask(flat_labels, self.num_classes, self.ignore_index)
         means = self._sums / self._counts.clamp(min=1)[:, None]
         distances = torch.cdist(rows.cpu(), means).masked_fill(self._counts == 0, float("inf"))
-        self._agreeing += int((distances.argmin(1) == flat_predictions[mask].cpu()).sum())
+        self._agreeing += (distances.argmin(1) == flat_predictions[mask].cpu()).sum()
         self._compared += len(rows)
 
     def _rows(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from in2nect.ops.class_sums import class_sums
 from in2nect.ops.gather_rows import gather_rows
 from in2nect.ops.intra_exact import intra_exact
 from in2nect.ops.pair_logsumexp import pair_logsumexp
-from in2nect.ops.sample_pixels import sample_pixels
+from in2nect.ops.sample_pixels import sample_global_pixels, sample_pixels
 
 __all__ = [
     "accumulation_dtype",
@@ -16,6 +16,7 @@ __all__ = [
     "gather_rows",
     "intra_exact",
     "pair_logsumexp",
+    "sample_global_pixels",
     "sample_pixels",
     "use_backend",
     "warn_slow",

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from in2nect import reference
+from in2nect import distributed, reference
 from in2nect.labels import as_grid, check_inputs, check_values, valid_mask
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
 from in2nect.ops.backend import implementation, kernel, native_operator, select
@@ -46,6 +46,7 @@ def class_moments(
     temperature: float = 1.0,
     covariance: str = "pooled",
     sums: bool = False,
+    group: str | None = None,
 ) -> MomentsResult:
     """The intra-class loss of unit rows by moments, and each class's sum of raw rows.
 
@@ -58,6 +59,7 @@ def class_moments(
         temperature: tau, at least ``reference.MINIMUM_TEMPERATURE[covariance]``.
         covariance: "pooled", one for all classes, or "class".
         sums: compute the second result; else it is (0, d).
+        group: name of a process group whose ranks' batches are one (:func:`in2nect.distributed.group_name`).
 
     Returns:
         Loss and sums in float32, or float64 for float64 features.
@@ -70,7 +72,7 @@ def class_moments(
     check_inputs(features, labels, num_classes, resolution)
     grid, grid_labels = as_grid(features, labels)
     loss, class_sums, counts, *_ = torch.ops.in2nect.class_moments(
-        grid, grid_labels, num_classes, ignore_index, resolution, temperature, covariance, sums
+        grid, grid_labels, num_classes, ignore_index, resolution, temperature, covariance, sums, group
     )
     return MomentsResult(loss, class_sums, counts)
 
@@ -87,7 +89,7 @@ class _Classes(NamedTuple):
     @classmethod
     def of(cls, counts: Tensor, unit_sums: Tensor) -> _Classes:
         n = counts.to(unit_sums.dtype)
-        weights = torch.where(counts >= 1, 1 / n.clamp(min=1), 0.0)
+        weights = _weights(counts, n.dtype)
         anchors = torch.where(counts >= 2, weights, 0.0)
         pairs = torch.where(counts >= 2, 1 / (n * (n - 1)).clamp(min=1), 0.0)
         return cls(weights, anchors, pairs, counts >= 1, unit_sums * weights[:, None])
@@ -121,6 +123,7 @@ def _class_moments(
     temperature: float,
     covariance: str,
     sums: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, ...]:
     run = select("class_moments", features.device)
     grid_labels = rows_labels(features, labels, resolution)
@@ -129,9 +132,14 @@ def _class_moments(
     else:
         check_values(labels, num_classes, ignore_index)
     by_class = covariance == "class"
-    counts, class_sums, unit_sums, squares, second = run(
-        features, grid_labels, num_classes, ignore_index, sums, by_class
-    )
+    settings = num_classes, ignore_index, sums, by_class
+    if group is None:
+        counts, class_sums, unit_sums, squares, second = run(features, grid_labels, *settings)
+    else:
+        counts = _global_counts(features, grid_labels, num_classes, ignore_index, group)
+        weights = _weights(counts, accumulation_dtype(features.dtype))
+        _, *moments = run(features, grid_labels, *settings, weights)
+        class_sums, unit_sums, squares, second = distributed.sum_over_ranks(*moments, group=group)
     classes = _Classes.of(counts, unit_sums)
     mix = select("class_moments_mixtures", features.device)
     centres = classes.centres / temperature
@@ -139,6 +147,8 @@ def _class_moments(
     log_d, mixed, mixed_second = mix(
         features, grid_labels, centres, curvatures, classes.present, classes.anchors, ignore_index
     )
+    if group is not None:
+        log_d, mixed, mixed_second = distributed.sum_over_ranks(log_d, mixed, mixed_second, group=group)
     if not by_class:
         sigma, anchors_second = classes.pooled(second)
         log_d = log_d + (sigma * anchors_second).sum() / (2 * temperature**2)
@@ -155,6 +165,7 @@ def _class_moments_fake(
     temperature: float,
     covariance: str,
     sums: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, ...]:
     dtype, d = accumulation_dtype(features.dtype), features.shape[1]
     by_class = covariance == "class"
@@ -244,31 +255,35 @@ def _class_moments_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    features, labels, _, ignore_index, resolution, temperature, covariance, sums = inputs
+    features, labels, _, ignore_index, resolution, temperature, covariance, sums, group = inputs
     _, _, *state = output
     ctx.mark_non_differentiable(*state)
     ctx.save_for_backward(features, labels, *state)
     ctx.settings = (ignore_index, resolution, temperature, covariance)
     ctx.with_sums = sums
+    ctx.group = group
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_sums: Tensor | None, *_: Any) -> tuple:
     features, labels, *state = ctx.saved_tensors
-    none = (None,) * 7
+    none = (None,) * 8
     grad_sums = grad_sums if ctx.with_sums else None
     if grad is None and grad_sums is None:
         return None, *none
     if grad is None:
         grad = features.new_zeros((), dtype=accumulation_dtype(features.dtype))
+    ranks = distributed.number_of_ranks(ctx.group)  # why, is in in2nect/distributed.py
+    if ranks > 1:
+        grad, grad_sums = ranks * grad, None if grad_sums is None else ranks * grad_sums
     backward = torch.ops.in2nect.class_moments_backward
     return backward(grad, grad_sums, features, labels, *state, *ctx.settings), *none
 
 
 define(
     "class_moments(Tensor features, Tensor labels, int num_classes, int ignore_index, str resolution, "
-    "float temperature, str covariance, bool sums) -> (Tensor loss, Tensor sums, Tensor counts, Tensor unit_sums, "
-    "Tensor second, Tensor mixed, Tensor mixed_second)",
+    "float temperature, str covariance, bool sums, str? group=None) -> (Tensor loss, Tensor sums, Tensor counts, "
+    "Tensor unit_sums, Tensor second, Tensor mixed, Tensor mixed_second)",
     _class_moments,
     _class_moments_fake,
 )
@@ -283,16 +298,37 @@ differentiable("class_moments", _backward, _setup_context)
 once_differentiable("class_moments_backward")
 
 
+def _global_counts(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, group: str) -> Tensor:
+    """Pixels of each class on all ranks, (K,): a pass of its own, since the second moments are weighted by them.
+
+    Counting is class_sums's, of a single channel.
+    """
+    count = select("class_sums", features.device)
+    _, counts, _ = count(features[:, :1], labels, num_classes, ignore_index, False, False)
+    return distributed.sum_over_ranks(counts, group=group)[0]
+
+
+def _weights(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """w = 1 / n of each class, (K,); 0 where it has no pixel."""
+    return torch.where(counts >= 1, 1 / counts.clamp(min=1).to(dtype), 0.0)
+
+
 @implementation("class_moments", "reference")
 def _reference(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, sums: bool, by_class: bool
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    sums: bool,
+    by_class: bool,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Counts (K,), raw sums (K, d) or (0, d), sums (K, d) and squares (K,) of unit rows, and second moments: of each
-    class its mean of ``u u^T`` (K, d, d), or the sum of these (d, d)."""
+    class its sum of ``w u u^T`` (K, d, d), or the sum of these (d, d), with w of weights (K,), else ``1 / counts``."""
     raw, rows, one_hot = _rows(features, labels, num_classes, ignore_index)
     counts = (one_hot != 0).sum(0)
     squares = one_hot.T @ rows.square().sum(1)
-    shares = one_hot / counts.clamp(min=1)
+    shares = one_hot / counts.clamp(min=1) if weights is None else one_hot * weights
     second = (
         torch.stack([(rows * share[:, None]).T @ rows for share in shares.T])
         if by_class

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from in2nect import reference
+from in2nect import distributed, reference
 from in2nect.labels import as_grid, check_inputs, check_values, to_feature_grid, valid_mask
 from in2nect.ops._registration import accumulation_dtype, define, differentiable
 from in2nect.ops.backend import implementation, kernel, select, warn_slow
@@ -29,6 +29,7 @@ def class_sums(
     resolution: str = "label",
     normalize: bool = False,
     squares: bool = False,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (K, d), counts (K,) int64 and sums of squared norms (K,) of each class's rows.
 
@@ -40,6 +41,7 @@ def class_sums(
         resolution: "label" interpolates the features to the labels, "feature" picks labels at the feature grid.
         normalize: sum unit rows ``z / max(||z||, 1e-12)`` in place of ``z``.
         squares: compute the third result; else it is empty.
+        group: name of a process group whose ranks' rows are summed too (:func:`in2nect.distributed.group_name`).
 
     Returns:
         Sums and squares in float32, or float64 for float64 features.
@@ -49,7 +51,9 @@ def class_sums(
     """
     check_inputs(features, labels, num_classes, resolution)
     grid, grid_labels = as_grid(features, labels)
-    return torch.ops.in2nect.class_sums(grid, grid_labels, num_classes, ignore_index, resolution, normalize, squares)
+    return torch.ops.in2nect.class_sums(
+        grid, grid_labels, num_classes, ignore_index, resolution, normalize, squares, group
+    )
 
 
 def _class_sums(
@@ -60,6 +64,7 @@ def _class_sums(
     resolution: str,
     normalize: bool,
     squares: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("class_sums", features.device)
     grid_labels = rows_labels(features, labels, resolution)
@@ -67,7 +72,10 @@ def _class_sums(
         check_unless_checked(run, labels, num_classes, ignore_index)
     else:  # a kernel would see those alone that were picked
         check_values(labels, num_classes, ignore_index)
-    return run(features, grid_labels, num_classes, ignore_index, normalize, squares)
+    sums, counts, squared = run(features, grid_labels, num_classes, ignore_index, normalize, squares)
+    if group is not None:
+        sums, counts, squared = distributed.sum_over_ranks(sums, counts, squared, group=group)
+    return sums, counts, squared
 
 
 def _class_sums_fake(
@@ -78,6 +86,7 @@ def _class_sums_fake(
     resolution: str,
     normalize: bool,
     squares: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(features.dtype)
     return (
@@ -95,9 +104,13 @@ def _class_sums_backward(
     ignore_index: int,
     resolution: str,
     normalize: bool,
+    group: str | None = None,
 ) -> Tensor:
     labels = rows_labels(features, labels, resolution)
     run = select("class_sums_backward", features.device)
+    ranks = distributed.number_of_ranks(group)
+    if ranks > 1:
+        grad_sums, grad_squares = ranks * grad_sums, None if grad_squares is None else ranks * grad_squares
     return run(grad_sums, grad_squares, features, labels, ignore_index, normalize)
 
 
@@ -109,14 +122,15 @@ def _class_sums_backward_fake(
     ignore_index: int,
     resolution: str,
     normalize: bool,
+    group: str | None = None,
 ) -> Tensor:
     return torch.empty_like(features)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    features, labels, num_classes, ignore_index, resolution, normalize, squares = inputs
+    features, labels, num_classes, ignore_index, resolution, normalize, squares, group = inputs
     ctx.save_for_backward(features, labels)
-    ctx.settings = (ignore_index, resolution, normalize)
+    ctx.settings = (ignore_index, resolution, normalize, group)
     ctx.squares = squares
     ctx.set_materialize_grads(False)
     ctx.sums_shape = (num_classes, features.shape[1])
@@ -124,7 +138,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_sums: Tensor | None, _: Any, grad_squares: Tensor | None) -> tuple:
     features, labels = ctx.saved_tensors
-    none = (None,) * 6
+    none = (None,) * 7
     grad_squares = grad_squares if ctx.squares else None
     if grad_sums is None and grad_squares is None:
         return None, *none
@@ -134,13 +148,13 @@ def _backward(ctx: Any, grad_sums: Tensor | None, _: Any, grad_squares: Tensor |
 
 
 def _setup_second(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad_sums, grad_squares, _, labels, ignore_index, resolution, normalize = inputs
+    grad_sums, grad_squares, _, labels, ignore_index, resolution, normalize, group = inputs
     if normalize or grad_squares is not None:
         ctx.linear = False
         return
     ctx.linear = True
     ctx.save_for_backward(labels)
-    ctx.settings = (grad_sums.shape[0], ignore_index, resolution, False, False)
+    ctx.settings = (grad_sums.shape[0], ignore_index, resolution, False, False, group)
 
 
 def _second(ctx: Any, grad: Tensor) -> tuple:
@@ -151,18 +165,18 @@ def _second(ctx: Any, grad: Tensor) -> tuple:
         )
     (labels,) = ctx.saved_tensors
     grad_grad_sums = torch.ops.in2nect.class_sums(grad, labels, *ctx.settings)[0]
-    return (grad_grad_sums, *(None,) * 6)
+    return (grad_grad_sums, *(None,) * 7)
 
 
 define(
     "class_sums(Tensor features, Tensor labels, int num_classes, int ignore_index, str resolution, bool normalize, "
-    "bool squares) -> (Tensor sums, Tensor counts, Tensor squares)",
+    "bool squares, str? group=None) -> (Tensor sums, Tensor counts, Tensor squares)",
     _class_sums,
     _class_sums_fake,
 )
 define(
     "class_sums_backward(Tensor grad_sums, Tensor? grad_squares, Tensor features, Tensor labels, int ignore_index, "
-    "str resolution, bool normalize) -> Tensor",
+    "str resolution, bool normalize, str? group=None) -> Tensor",
     _class_sums_backward,
     _class_sums_backward_fake,
 )

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from in2nect import reference
+from in2nect import distributed, reference
 from in2nect.ops._registration import accumulation_dtype, define, differentiable, once_differentiable
 from in2nect.ops.backend import implementation, kernel, native_operator, select
 from in2nect.ops.class_sums import through_normalization
 
 
-def gather_rows(features: Tensor, indices: Tensor, height: int, width: int, *, normalize: bool = False) -> Tensor:
+def gather_rows(
+    features: Tensor, indices: Tensor, height: int, width: int, *, normalize: bool = False, group: str | None = None
+) -> Tensor:
     """Rows of the features, bilinearly brought to (height, width) with align_corners=False, at flat pixel indices.
 
     Args:
@@ -27,6 +29,8 @@ def gather_rows(features: Tensor, indices: Tensor, height: int, width: int, *, n
         indices: (M,) int64 into (B, height, width), row-major; -1 gives a zero row.
         height, width: of the grid that the indices count.
         normalize: return unit rows.
+        group: name of a process group over whose ranks the rows are summed: each index is on one, and -1 on others
+            (:func:`in2nect.distributed.group_name`).
 
     Returns:
         (M, d) in float32, or float64 for float64 features.
@@ -40,14 +44,19 @@ def gather_rows(features: Tensor, indices: Tensor, height: int, width: int, *, n
             f"features {tuple(features.shape)} and indices {tuple(indices.shape)} {indices.dtype}; "
             "expected (B, d, h, w) and (M,) int64."
         )
-    return torch.ops.in2nect.gather_rows(features, indices, height, width, normalize)
+    return torch.ops.in2nect.gather_rows(features, indices, height, width, normalize, group)
 
 
-def _gather_rows(features: Tensor, indices: Tensor, height: int, width: int, normalize: bool) -> Tensor:
-    return select("gather_rows", features.device)(features, indices, height, width, normalize)
+def _gather_rows(
+    features: Tensor, indices: Tensor, height: int, width: int, normalize: bool, group: str | None = None
+) -> Tensor:
+    rows = select("gather_rows", features.device)(features, indices, height, width, normalize)
+    return rows if group is None else distributed.sum_over_ranks(rows, group=group)[0]
 
 
-def _gather_rows_fake(features: Tensor, indices: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+def _gather_rows_fake(
+    features: Tensor, indices: Tensor, height: int, width: int, normalize: bool, group: str | None = None
+) -> Tensor:
     return features.new_empty((indices.shape[0], features.shape[1]), dtype=accumulation_dtype(features.dtype))
 
 
@@ -64,16 +73,18 @@ def _gather_rows_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    features, indices, *ctx.settings = inputs
+    features, indices, *ctx.settings, ctx.group = inputs
     ctx.save_for_backward(features, indices)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    return torch.ops.in2nect.gather_rows_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    ranks = distributed.number_of_ranks(ctx.group)
+    grad = grad if ranks == 1 else ranks * grad
+    return torch.ops.in2nect.gather_rows_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
 
 
 define(
-    "gather_rows(Tensor features, Tensor indices, int height, int width, bool normalize) -> Tensor",
+    "gather_rows(Tensor features, Tensor indices, int height, int width, bool normalize, str? group=None) -> Tensor",
     _gather_rows,
     _gather_rows_fake,
 )

@@ -1,11 +1,13 @@
 """How far the estimator of the intra-class loss is from the exact loss (Eq. 6), on a few thousand pixels of a batch.
 
 Every pair is taken there, in float64: O(n^2 d) for n pixels, a tenth of a second for 4,096 on a CPU. It reads the
-features and leaves them, their graph and torch's random numbers alone; on CUDA it waits for the device.
+features and leaves them, their graph and torch's random numbers alone; on CUDA it waits for the device. Of several
+processes it looks at one's batch, and speaks to none.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -65,7 +67,7 @@ def audit_intra(
         if len(rows) == 0 or int(classes.bincount().max()) < 2:
             return None
         generator = torch.Generator(rows.device).manual_seed(int(random.integers(2**62)))
-        estimated, estimated_gradient = _differentiated(loss, rows, classes, generator)
+        estimated, estimated_gradient = _differentiated(_of_one_process(loss), rows, classes, generator)
         exact, exact_gradient = _differentiated(_exact(loss), rows, classes, None)
     return IntraAudit(
         gradient_error=_ratio(torch.linalg.vector_norm(estimated_gradient - exact_gradient), exact_gradient),
@@ -109,7 +111,14 @@ def _exact(loss: IntraClassLoss) -> IntraClassLoss:
         temperature=loss.temperature,
         normalize=loss.normalize,
         ignore_index=loss.ignore_index,
+        process_group=None,
     )
+
+
+def _of_one_process(loss: IntraClassLoss) -> IntraClassLoss:
+    alone = copy.copy(loss)
+    alone.process_group = None
+    return alone
 
 
 def _draw(

@@ -38,6 +38,7 @@ def quieten() -> None:
         "Checkpoint directory .* exists and is not empty",  # a resumed run
         "could not find the monitored key",  # a run without validation has no best checkpoint
         "Total length of `list` across ranks is zero",  # nor a loader to validate with
+        "It is recommended to use `self.log.*sync_dist=True",  # the scores are of all processes already
     ):
         warnings.filterwarnings("ignore", f".*{text}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)

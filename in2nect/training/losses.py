@@ -1,10 +1,12 @@
 """The segmentation loss L_seg of Eq. 7: cross-entropy averaged over the labelled pixels, with label smoothing and
-Dice as options. Finite, and zero, where a batch has no labelled pixel. One pass over the logits.
+Dice as options. Finite, and zero, where a batch has no labelled pixel. One pass over the logits. On several processes
+the cross-entropy is of the global batch (`in2nect.distributed`), Dice of each process's own.
 """
 
 import torch
 from torch import Tensor, nn
 
+from in2nect.distributed import global_mean
 from in2nect.training.settings import LossSettings
 
 
@@ -46,7 +48,7 @@ class SegmentationLoss(nn.Module):
         if smoothing:
             uniform = torch.where(labelled, -log_probabilities.mean(1), 0.0).sum()
             total = (1 - smoothing) * total + smoothing * uniform
-        return total / torch.count_nonzero(labelled).clamp(min=1)
+        return global_mean(total, torch.count_nonzero(labelled), process_group="world")
 
 
 def _dice(ignore_index: int) -> nn.Module:

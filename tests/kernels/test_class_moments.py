@@ -303,6 +303,18 @@ def test_label_dtypes_and_strides(triton_device, dtype):
     check(features, labels, 4)
 
 
+@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize("pixels", [(5, 4), (7, 6)])
+def test_given_weights(triton_device, pixels, by_class):
+    """With process groups the second moments are weighted by the classes of all ranks."""
+    features, labels = sample(4, 6, (5, 4), pixels, device=triton_device, absent=(1,))
+    weights = torch.rand(4, dtype=features.dtype, device=features.device)
+    counts, *_, given = kernels.class_moments(features, labels, 4, 255, False, by_class, weights)
+    *_, by_counts = kernels.class_moments(features, labels, 4, 255, False, True)
+    expected = by_counts * (counts * weights)[:, None, None]
+    torch.testing.assert_close(given, expected if by_class else expected.sum(0))
+
+
 @pytest.mark.parametrize("value", [-3, 4, 2**33 + 1])
 @pytest.mark.parametrize("pixels", [(5, 4), (7, 6)])
 def test_wrong_labels_are_seen_and_skipped(triton_device, monkeypatch, value, pixels):

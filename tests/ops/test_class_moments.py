@@ -4,6 +4,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from in2nect import ops, reference
+from in2nect.ops import backend
 from tests.samples import clustered
 
 SIZES = {  # cells and pixels: ratios 1, 2, 4, 8, of no whole number, below 1, and single cells
@@ -67,6 +68,19 @@ def test_widths_and_layouts(cpu_backend, pixels, layout, dim):
 def test_many_classes(cpu_backend):
     features, labels = torch.randn(2, 7, 12, 9, dtype=torch.float64), torch.randint(0, 40, (2, 24, 18))
     check(features, labels.to(torch.uint8), 50)
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize("pixels", [(5, 4), (10, 8)])
+def test_given_weights(cpu_backend, pixels, by_class):
+    """With process groups the second moments are weighted by the classes of all ranks, some of which are not here."""
+    features, labels = clustered(5, 6, labels=pixels, absent=(1,))
+    weights = torch.rand(5, dtype=features.dtype)
+    run = backend.select("class_moments", features.device)
+    counts, *_, given = run(features, labels, 5, 255, False, by_class, weights)
+    *_, by_counts = run(features, labels, 5, 255, False, True)
+    expected = by_counts * (counts * weights)[:, None, None]
+    torch.testing.assert_close(given, expected if by_class else expected.sum(0))
 
 
 @pytest.mark.parametrize("covariance", ["pooled", "class"])
