@@ -7,6 +7,7 @@ epoch, changes them.
 from __future__ import annotations
 
 import os
+import signal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -274,6 +275,7 @@ class FolderDataModule(lightning.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _leave_signals_alone,
         }
 
     def _process(self) -> dict[str, int]:
@@ -316,6 +318,14 @@ class RasterPaths(Dataset[dict[str, str]]):
 
     def __getitem__(self, number: int) -> dict[str, str]:
         return {"path": str(self.paths[number])}
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """Ctrl-C and many a SIGTERM reach every process of a group. Whether a run stops is up to the process that reads
+    from the workers; they end with it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _normalisation(
