@@ -89,8 +89,8 @@ def _usage() -> str:
             *lines,
             "",
             "in2nect COMMAND --help explains every option.",
-            "Exit codes: 0, also of a training that a signal stopped; 2, a mistake in what was given; 1, a run that failed",
-            "on its way (docs/faults.md).",
+            "Exit codes: 0, also of a training that a signal stopped; 2, a mistake in what was given; 1, a run that",
+            "failed on its way (docs/faults.md).",
         ]
     )
 
