@@ -79,7 +79,7 @@ class StopOnSignal(Callback):
         if not goes_on_exactly(trainer) or not self._agreed(trainer):
             return
         if self.target is not None:
-            trainer.save_checkpoint(self.target)
+            trainer.save_checkpoint(self.target, weights_only=False)
         raise self._stopped(trainer)
 
     def _agreed(self, trainer: lightning.Trainer) -> bool:
