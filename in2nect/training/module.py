@@ -97,6 +97,7 @@ class SegmentationModule(lightning.LightningModule):
         self.scores: SegmentationScores | None = None
         self.seconds_per_image: float | None = None
         self._timer = ImageTimer()
+        self._computed: tuple[Mapping[str, Any], int, dict[str, Tensor]] | None = None  # batch, its number, loss terms
         self._audited_step = -1
         self._audit_warned = False
         self._predicted: set[Path] = set()
@@ -190,7 +191,7 @@ class SegmentationModule(lightning.LightningModule):
         output = self._forward_training()(self.normalise(batch["image"]))
         with torch.autocast(self.device.type, enabled=False), self._seen_by_an_audit() as seen:
             total, terms = self._losses(output, batch["label"])
-        self._terms, self._batch = {"total": total.detach(), **terms}, (batch, batch_idx)
+        self._computed = batch, batch_idx, {name: value.detach() for name, value in {"total": total, **terms}.items()}
         self._check_finite(total, "a loss term")
         for features, labels in seen:
             self._audit(features, labels)
@@ -203,6 +204,9 @@ class SegmentationModule(lightning.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which leaves such steps out, by design
             gradients = [value.grad for value in self.parameters() if value.grad is not None]
             self._check_finite(torch.nn.utils.get_total_norm(gradients), "the norm of the gradient")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._computed = None  # or the batch would take up memory until there is another
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.metrics.update(self(batch["image"]).argmax(1), batch["label"])
@@ -326,12 +330,13 @@ class SegmentationModule(lightning.LightningModule):
         finite = bool(torch.isfinite(value))
         if self.trainer.strategy.reduce_boolean_decision(finite):
             return
-        batch, batch_idx = self._batch
+        assert self._computed is not None
+        batch, batch_idx, computed = self._computed
         where = f"step {self.global_step} (epoch {self.current_epoch + 1}, batch {batch_idx + 1}"
         where += f", process {self.global_rank})" if self.trainer.world_size > 1 else ")"
         told = f"{where}: another process met {name} that is not finite and says where"
         if not finite:
-            terms = {term: found.item() for term, found in self._terms.items()}
+            terms = {term: found.item() for term, found in computed.items()}
             off = ", ".join(f"{term} is {found}" for term, found in terms.items() if not math.isfinite(found))
             told = f"{where}: {off or f'{name} is {value.item()}'}. {self._keep_batch(batch, batch_idx, terms)}"
         self.trainer.strategy.barrier()  # until each has written its file: the first to end may end the others
