@@ -171,10 +171,10 @@ class TrainingCLI(LightningCLI):
             own.append(SubmissionWriter(submission, output))
         if config.get("enable_progress_bar") is not False:
             own.append(progress())
-        if config.get("enable_checkpointing") is not False:
+        checkpointed = config.get("enable_checkpointing") is not False
+        if checkpointed:
             own += checkpoints(output / "checkpoints", self._get(self.config_init, "checkpoint_every"))
         if self.subcommand == "fit":
-            checkpointed = config.get("enable_checkpointing") is not False
             self._stop = StopOnSignal(output / "checkpoints" / "last.ckpt" if checkpointed else None)
             own.append(self._stop)
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
@@ -253,16 +253,8 @@ def _how_to_go_on(stop: Stopped, arguments: list[str]) -> str:
     else:
         kept = f"{stop.checkpoint} holds it. Resume with"
         output = stop.checkpoint.parent.parent.absolute()
-        command = [
-            "in2nect",
-            "fit",
-            "--config",
-            f"{output}/config.yaml",
-            "--output",
-            f"{output}",
-            "--ckpt_path",
-            "last",
-        ]
+        command = ["in2nect", "fit", "--config", str(output / "config.yaml"), "--output", str(output)]
+        command += ["--ckpt_path", "last"]
     return f"stopped by {stop.signal} {stop.when}: {kept}\n    {shlex.join(command)}"
 
 

@@ -14,6 +14,7 @@ import torch
 
 from in2nect.training import reproduce
 from in2nect.training.cli import main
+from in2nect.training.memory import out_of_memory
 
 HERE = Path(__file__).parent
 # Eight batches an epoch, two a step; a validation of two batches after every fourth. Dropout is on.
@@ -101,22 +102,19 @@ def test_stopped_anywhere_a_run_ends_as_if_it_had_not_been(
     assert_same_end(output, whole)
 
 
-def test_killed_within_a_validation(whole: Path, dataset: Path, tmp_path: Path) -> None:
-    """kill -9 in a validation within an epoch, and one at its end: last.ckpt says that they are still to come."""
+def test_killed_in_a_validation_and_among_accumulated_batches(whole: Path, dataset: Path, tmp_path: Path) -> None:
+    """kill -9 among accumulated batches, behind the first of which nothing may be written, also not by a run that is
+    resumed there; then in a validation, which last.ckpt says is still to come.
+    """
     output, written = tmp_path / "run", tmp_path / "diary"
-    arguments = fit(dataset, output, "--checkpoint_every=2")
-    kept = ""
-    for batch, step in ((3, 2), (7, 4)):
-        place = {"hook": "validation", "epoch": 0, "batch": 1, "name": "SIGKILL"}
-        if step == 4:  # not the validation that it begins with
-            place = {"hook": "epoch_end", "epoch": 0, "name": "SIGKILL"}
+    arguments = fit(dataset, output, "--checkpoint_every=1")
+    for hook, batch, step in (("train", 3, 1), ("train", 3, 1), ("validation", 1, 2)):
+        place = {"hook": hook, "epoch": 0, "batch": batch, "name": "SIGKILL"}
         killed = command([*arguments, *callbacks(diary(written), ("SignalAt", place))])
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert load(output)["global_step"] == step
-        lines = written.read_text().splitlines()
-        end = next(number for number, line in enumerate(lines) if line.startswith(f"batch 0 {batch} "))
-        kept = "\n".join(lines[: end + 1]) + "\n"  # up to the batch of last.ckpt
-        written.write_text(kept)
+        lines = written.read_text().splitlines(keepends=True)
+        written.write_text("".join(lines[: 2 * step]))  # up to the batch of last.ckpt
         arguments = ["fit", f"--output={output}", "--ckpt_path=last"]
     assert main([*arguments, *callbacks(diary(written))]) == 0
     assert written.read_text() == (whole.parent / "diary").read_text()
@@ -245,6 +243,16 @@ def test_memory_that_runs_out_is_answered_with_what_to_lower(
     assert main([*fit(dataset, tmp_path / "run", "--data.num_workers=1"), *callbacks(fault)]) == 1
     told = capsys.readouterr().err
     assert all(message in told for message in messages) and "Traceback" not in told, told
+
+
+def test_what_to_lower_is_that_of_the_subcommand() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+    config = {"data.batch_size": 8, "data.eval_window": 1024, "prediction.batch_size": 4, "prediction.window": 512}
+    told = out_of_memory(error, "predict", config)
+    assert told is not None and told.endswith("prediction.batch_size (now 4); prediction.window (now 512)")
+    told = out_of_memory(error, "test", config)
+    assert told is not None and told.endswith("data.batch_size (now 8); data.eval_window (now 1024)")
+    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "fit", config) is None
 
 
 def load(output: Path, name: str = "last") -> dict[str, Any]:
