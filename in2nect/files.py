@@ -13,7 +13,7 @@ from typing import Any
 @contextmanager
 def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `target`, with its suffix; brought to the disk and renamed to `target` on
-    success, removed on an exception.
+    success, removed on an exception. An OSError that names no file comes to name `target`.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +24,10 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, target)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _to_disk(target.parent, os.O_RDONLY)
+    except OSError as error:
+        if error.filename is None:  # as on a full disk
+            error.filename = str(target)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -63,6 +67,14 @@ def write_json(target: str | os.PathLike[str], content: Any) -> None:
         ValueError: `content` holds NaN or an infinity, which JSON has no word for; give None instead.
     """
     write_text(target, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that an exception comes from; None where it comes from none."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def _to_disk(path: Path, mode: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from in2nect.files import replacing, write_json
+from in2nect.files import disk_error, replacing, write_json
 
 
 def fail_half_way(target: Path) -> None:
@@ -47,3 +47,15 @@ def test_a_file_reaches_the_disk_before_its_name_and_the_name_after(
     monkeypatch.setattr(os, "replace", renamed)
     write_json(tmp_path / "scores.json", {})
     assert done == ["sync .json", "rename", "sync folder"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, whose every write finds the disk full")
+def test_an_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    target = tmp_path / "scores.json"
+    (tmp_path / f".scores.{os.getpid()}.partial.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{target}'") as raised:
+        write_json(target, {})
+    wrapped = RuntimeError("torch could not write")
+    wrapped.__context__ = raised.value
+    assert disk_error(wrapped) is raised.value and disk_error(RuntimeError("half way")) is None
+    assert list(tmp_path.iterdir()) == []

@@ -300,6 +300,8 @@ class CropLoader(DataLoader[Sample]):
 
     def state_dict(self) -> dict[str, int]:
         """Plain numbers."""
+        if self._resumed is not None:  # and not begun with: a validation came first
+            return dict(self._resumed)
         return {"epoch": self._crops.epoch, "batches": self._handed, **self._settings()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from in2nect.training.failures import TrainingFailure
+
 _COMMANDS = {
     "fit": "train a network on LoveDA, Vaihingen, Potsdam or a folder of your own",
     "validate": "score a checkpoint on the validation split",
@@ -20,8 +22,9 @@ _TRACEBACK = "IN2NECT_TRACEBACK"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `in2nect`; returns the exit code: 0, 2 for a mistake that the user can mend, 1 for a training that failed,
-    130 where it was interrupted.
+    """Runs `in2nect`; returns the exit code: 0, also for a training that a signal stopped; 2 for a mistake that the
+    user can mend; 1 for a run that failed on its way: no disk or memory left, a loss that is not finite; 130 where a
+    command without a training was interrupted.
 
     Errors in what was given are told in one message; IN2NECT_TRACEBACK=1 shows where they arose.
     """
@@ -35,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(arguments)
+    except (FloatingPointError, TrainingFailure) as error:
+        return _fail(error, 1)
     except (ValueError, OSError, ImportError) as error:
         return _fail(error, 2)
-    except FloatingPointError as error:
-        return _fail(error, 1)
     except KeyboardInterrupt:
         print("in2nect: interrupted", file=sys.stderr)
         return 130  # as shells count the signal
@@ -89,7 +92,15 @@ def _fail(error: Exception, code: int) -> int:
 def _usage() -> str:
     lines = [f"  {name:<10}{text}" for name, text in _COMMANDS.items()]
     return "\n".join(
-        ["usage: in2nect COMMAND [OPTIONS]", "", *lines, "", "in2nect COMMAND --help explains every option."]
+        [
+            "usage: in2nect COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "in2nect COMMAND --help explains every option.",
+            "Exit codes: 0, also of a training that a signal stopped; 2, a mistake in what was given; 1, a run that",
+            "failed on its way (docs/faults.md).",
+        ]
     )
 
 

@@ -6,6 +6,8 @@ epoch, changes them.
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -306,6 +308,7 @@ class FolderDataModule(lightning.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _leave_signals_alone,
         }
 
     def _process(self) -> dict[str, int]:
@@ -390,6 +393,14 @@ def _progress() -> Callable[[int, int], None]:
             print(f"{done} of {total} files read through, once (data.read_through=false leaves that out)", flush=True)
 
     return line
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """Ctrl-C and many a SIGTERM reach every process of a group. Whether a run stops is up to the process that reads
+    from the workers; they end with it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _normalisation(

@@ -3,7 +3,12 @@ folder for all that a run writes.
 """
 
 import os
+import shlex
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +17,8 @@ import lightning
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from in2nect.files import write_text
 from in2nect.metrics.protocols import Protocol
@@ -23,6 +28,10 @@ from in2nect.prediction.submission import SubmissionName
 from in2nect.training.callbacks import ScoresTable, SubmissionWriter, progress, quieten
 from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
 from in2nect.training.datamodule import FolderDataModule
+from in2nect.training.events import EventLogger, quiet_writer
+from in2nect.training.failures import Stopped, TrainingFailure
+from in2nect.training.interruption import StopOnSignal
+from in2nect.training.memory import out_of_memory
 from in2nect.training.module import SegmentationModule
 from in2nect.training.settings import PredictionSettings
 
@@ -36,6 +45,8 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError, OSError, ImportError: what was given does not fit together; Lightning's own exception for that
             comes as a ValueError.
+        TrainingFailure: the disk or the memory is full.
+        FloatingPointError: a loss or a gradient is not finite.
     """
     quieten()
     try:
@@ -52,6 +63,11 @@ def run(arguments: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except Stopped as stop:
+        rank_zero_only(print)(_how_to_go_on(stop, arguments))
+    except SIGTERMException:  # of validate, test and predict, which are not resumed
+        print("in2nect: stopped by SIGTERM", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def with_run_config(arguments: list[str]) -> list[str]:
@@ -82,7 +98,8 @@ class TrainingCLI(LightningCLI):
             type=str,
             default=_OUTPUT,
             help="Folder of the run: config.yaml, checkpoints/, TensorBoard's events, the scores of `test` "
-            "(metrics_test.json, metrics_test.csv, confusion_test.png), predictions/.",
+            "(metrics_test.json, metrics_test.csv, confusion_test.png), predictions/, failed_batch.pt where a loss was "
+            "not finite.",
         )
         parser.add_argument(
             "--protocol",
@@ -110,7 +127,7 @@ class TrainingCLI(LightningCLI):
             type=NonNegativeInt,
             default=0,
             help="Write last.ckpt also within an epoch, after every so many steps; a run that is killed goes on behind "
-            "it. 0: at the end of every epoch alone.",
+            "it. 0: at the end of every epoch alone. SIGTERM or Ctrl-C, once, writes it too, and stops the run.",
         )
         parser.add_class_arguments(PredictionSettings, "prediction")
         parser.link_arguments("seed_everything", "data.seed")
@@ -163,15 +180,19 @@ class TrainingCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         kwargs.setdefault("default_root_dir", str(output))
         if config.get("logger") is None:
-            kwargs.setdefault("logger", TensorBoardLogger(output, name="", version="", default_hp_metric=False))
+            kwargs.setdefault("logger", EventLogger(output, name="", version="", default_hp_metric=False))
         own: list[Callback] = [ScoresTable()]
         submission = self._get(self.config_init, "submission")
         if submission is not None and self.subcommand == "predict":
             own.append(SubmissionWriter(submission, output))
         if config.get("enable_progress_bar") is not False:
             own.append(progress())
-        if config.get("enable_checkpointing") is not False:
+        checkpointed = config.get("enable_checkpointing") is not False
+        if checkpointed:
             own += checkpoints(output / "checkpoints", self._get(self.config_init, "checkpoint_every"))
+        if self.subcommand == "fit":
+            self._stop = StopOnSignal(output / "checkpoints" / "last.ckpt" if checkpointed else None)
+            own.append(self._stop)
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
@@ -191,18 +212,42 @@ class TrainingCLI(LightningCLI):
             self.model.adopt(*load_model(path))
             self.config_init[self.subcommand].ckpt_path = None  # for the trainer: nothing is left to load
 
+    def fit(self, **options: Any) -> None:
+        """Trainer.fit, which signals stop behind a step."""
+        with self._failures_told(), self._stop.listening(self.trainer):
+            self.trainer.fit(**options)
+
     def validate(self, **options: Any) -> None:
         """Trainer.validate; ScoresTable prints the scores."""
-        self.trainer.validate(**{**options, "verbose": False})
+        with self._failures_told():
+            self.trainer.validate(**{**options, "verbose": False})
 
     def test(self, **options: Any) -> None:
         """Trainer.test; ScoresTable prints the scores."""
-        self.trainer.test(**{**options, "verbose": False})
+        with self._failures_told():
+            self.trainer.test(**{**options, "verbose": False})
 
     def predict(self, **options: Any) -> None:
         """Trainer.predict, and the list of what it wrote."""
-        for path in self.trainer.predict(**options) or []:
-            print(path)
+        with self._failures_told():
+            for path in self.trainer.predict(**options) or []:
+                print(path)
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """Turns an error for lack of memory into advice; ends the other processes, which would wait for this one."""
+        try:
+            with quiet_writer():
+                yield
+        except Exception as error:
+            launcher = self.trainer.strategy.launcher
+            if launcher is not None and not isinstance(error, FloatingPointError):  # which all of them stop at
+                launcher.kill(signal.SIGKILL)
+            subcommand = self.config.subcommand
+            told = out_of_memory(error, subcommand, vars(self.config[subcommand].as_flat()))
+            if told is None:
+                raise
+            raise TrainingFailure(told) from error
 
 
 class RunConfig(SaveConfigCallback):
@@ -218,6 +263,19 @@ class RunConfig(SaveConfigCallback):
             config = self.config.clone()
             config.ckpt_path = None  # where this call resumed from is no setting of the run
             write_text(Path(config.output) / self.config_filename, self.parser.dump(config, skip_none=False))
+
+
+def _how_to_go_on(stop: Stopped, arguments: list[str]) -> str:
+    """What a stopped training has left, and the command line that goes on with it."""
+    if stop.checkpoint is None:
+        kept = "nothing was saved. Start again with"
+        command = ["in2nect", *arguments]
+    else:
+        kept = f"{stop.checkpoint} holds it. Resume with"
+        output = stop.checkpoint.parent.parent.absolute()
+        command = ["in2nect", "fit", "--config", str(output / "config.yaml"), "--output", str(output)]
+        command += ["--ckpt_path", "last"]
+    return f"stopped by {stop.signal} {stop.when}: {kept}\n    {shlex.join(command)}"
 
 
 class _Parser(LightningArgumentParser):

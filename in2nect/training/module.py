@@ -8,6 +8,7 @@ what an uninterrupted one would have drawn.
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from in2nect.data.classes import Classes
+from in2nect.files import disk_error
 from in2nect.loss import In2NeCTLoss
 from in2nect.metrics import SegmentationMetrics, SegmentationScores
 from in2nect.metrics.protocols import Protocol
@@ -33,6 +35,7 @@ from in2nect.prediction.scene import predict_raster
 from in2nect.prediction.sizes import any_size
 from in2nect.training.audit import IntraAudit, audit_intra, most_pixels, seen_by
 from in2nect.training.checkpoints import classes_of
+from in2nect.training.failed_batch import crops_in_words, save_failed_batch
 from in2nect.training.losses import SegmentationLoss
 from in2nect.training.settings import LossSettings, OptimizerSettings, PredictionSettings, TuningSettings
 from in2nect.training.timing import ImageTimer
@@ -103,6 +106,7 @@ class SegmentationModule(lightning.LightningModule):
         self.scores: SegmentationScores | None = None
         self.seconds_per_image: float | None = None
         self._timer = ImageTimer()
+        self._computed: tuple[Mapping[str, Any], int, dict[str, Tensor]] | None = None  # batch, its number, loss terms
         self._audited_step = -1
         self._audit_warned = False
         self._predicted: set[Path] = set()
@@ -199,20 +203,34 @@ class SegmentationModule(lightning.LightningModule):
             f"{self.network} ({self.encoder or 'default encoder'}): {millions:.2f} M parameters, trained {losses}"
         )
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def batch_seed(self, batch_idx: int) -> int:
+        """What a training batch of this epoch and process draws its random numbers from."""
         sequence = np.random.SeedSequence((_run_seed(), self.current_epoch, batch_idx, self.global_rank))
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        return int(sequence.generate_state(1, np.uint64)[0])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(self.batch_seed(batch_idx))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         output = self._forward_training()(self.normalise(batch["image"]))
         with torch.autocast(self.device.type, enabled=False), self._seen_by_an_audit() as seen:
             total, terms = self._losses(output, batch["label"])
-        self._check_finite(total, terms)
+        self._computed = batch, batch_idx, {name: value.detach() for name, value in {"total": total, **terms}.items()}
+        self._check_finite(total, "a loss term")
         for features, labels in seen:
             self._audit(features, labels)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=True)
         self.log("train/total", total.detach(), prog_bar=True)
         return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at the gradient: it would be in the weights, and in the next checkpoint, before any loss shows it."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which leaves such steps out, by design
+            gradients = [value.grad for value in self.parameters() if value.grad is not None]
+            self._check_finite(torch.nn.utils.get_total_norm(gradients), "the norm of the gradient")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._computed = None  # or the batch would take up memory until there is another
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.metrics.update(self(batch["image"]).argmax(1), batch["label"])
@@ -345,15 +363,43 @@ class SegmentationModule(lightning.LightningModule):
             total = total + collapse.total
         return total, terms
 
-    def _check_finite(self, total: Tensor, terms: Mapping[str, Tensor]) -> None:
-        if torch.isfinite(total):
+    def _check_finite(self, value: Tensor, name: str) -> None:
+        """Stops every process at a batch of one of them, which is kept to be computed again.
+
+        Raises:
+            FloatingPointError: `value` is not finite, here or in another process.
+        """
+        finite = bool(torch.isfinite(value))
+        if self.trainer.strategy.reduce_boolean_decision(finite):
             return
-        found = ", ".join(f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value))
+        assert self._computed is not None
+        batch, batch_idx, computed = self._computed
+        where = f"step {self.global_step} (epoch {self.current_epoch + 1}, batch {batch_idx + 1}"
+        where += f", process {self.global_rank})" if self.trainer.world_size > 1 else ")"
+        told = f"{where}: another process met {name} that is not finite and says where"
+        if not finite:
+            terms = {term: found.item() for term, found in computed.items()}
+            off = ", ".join(f"{term} is {found}" for term, found in terms.items() if not math.isfinite(found))
+            told = f"{where}: {off or f'{name} is {value.item()}'}. {self._keep_batch(batch, batch_idx, terms)}"
+        self.trainer.strategy.barrier()  # until each has written its file: the first to end may end the others
         raise FloatingPointError(
-            f"step {self.global_step} (epoch {self.current_epoch}): {found or 'the total is not finite'}. "
-            "Training is stopped; lower model.optimizer.lr, set trainer.gradient_clip_val, or train in a wider "
-            "trainer.precision. The last checkpoint is from before."
+            f"{told}. The checkpoints are from before. If the batch is in order, go on with --ckpt_path last and "
+            "trainer.gradient_clip_val or a wider trainer.precision, or train anew with a lower model.optimizer.lr"
         )
+
+    def _keep_batch(self, batch: Mapping[str, Any], batch_idx: int, terms: Mapping[str, float]) -> str:
+        """Writes the batch into the run's folder; says what it is of and how it is computed again."""
+        images = {pair.name: str(pair.image) for pair in self.trainer.datamodule.train.pairs}  # type: ignore[attr-defined]
+        files = [images[name] for name in batch["name"]]
+        crops = f"Its crops: {crops_in_words(files, batch['window'])}"
+        rank = f"_{self.global_rank}" if self.global_rank else ""
+        target = Path(self.trainer.default_root_dir) / f"failed_batch{rank}.pt"
+        try:
+            save_failed_batch(target, self, batch, batch_idx, files=files, terms=terms)
+        except (OSError, RuntimeError) as error:
+            return f"{crops}; they could not be kept in {target}: {disk_error(error) or error}"
+        command = shlex.join(["python", "-m", "in2nect.training.reproduce", str(target)])
+        return f"{crops}. `{command}` computes them again and names the first tensor that is not finite"
 
     def _check_audit(self) -> None:
         """Refuses an audit of sampled pixels in which every pixel would be sampled."""

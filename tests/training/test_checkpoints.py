@@ -1,5 +1,6 @@
 """A checkpoint that could not be written to its end leaves the one before as it was."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
+from in2nect.training.failures import TrainingFailure
 
 
 class Unpicklable:
@@ -22,6 +24,23 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path) -> None:
         writer.save_checkpoint({"weights": torch.zeros(1000), "more": Unpicklable()}, path)
     assert torch.equal(writer.load_checkpoint(path, weights_only=True)["weights"], torch.ones(1000))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, whose every write finds the disk full")
+def test_a_full_disk_is_told_with_the_checkpoint_that_is_good(tmp_path: Path) -> None:
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    partial = tmp_path / f".last.{os.getpid()}.partial.ckpt"
+    weights = torch.ones(500_000)
+    partial.symlink_to("/dev/full")
+    none = r"step 3 could not be written: No space left on device\. It takes 2\.0 MB.*No checkpoint was written before"
+    with pytest.raises(TrainingFailure, match=none):
+        writer.save_checkpoint({"global_step": 3, "weights": [weights]}, path)
+    writer.save_checkpoint({"global_step": 6, "weights": [weights]}, path)
+    partial.symlink_to("/dev/full")
+    with pytest.raises(TrainingFailure, match=rf"step 9 .*The last good checkpoint is {path} of step 6\. Make room"):
+        writer.save_checkpoint({"global_step": 9, "weights": [0 * weights]}, path)
+    assert torch.equal(writer.load_checkpoint(path)["weights"][0], weights)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize("asked", [None, False])
