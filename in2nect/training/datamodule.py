@@ -21,7 +21,7 @@ from in2nect.data.crops import Augmentations, CropDataset, CropLoader, CropSampl
 from in2nect.data.datasets import DataSet, DatasetName, LayoutSettings, classes_of, open_dataset
 from in2nect.data.folder import IMAGE_SUFFIXES
 from in2nect.data.grid import GridDataset, ShapeBatchSampler
-from in2nect.data.sampling import Sampling
+from in2nect.data.sampling import LabelIndex, Sampling
 from in2nect.data.scenes import Pair, Problem, band_count, examine, problem_error
 
 
@@ -135,6 +135,16 @@ class FolderDataModule(lightning.LightningDataModule):
         """
         needs_root = self.dataset == "folder" and self._classes_file is None
         return classes_of(self.dataset, self.root if needs_root else None, self._classes_file)
+
+    @cached_property
+    def label_index(self) -> LabelIndex:
+        """Which classes lie where in the training labels, after `setup`; they are read through when it is first asked
+        for, unless the cache knows them.
+
+        Raises:
+            ValueError: as `LabelIndex.of`.
+        """
+        return LabelIndex.of(self.train.pairs, self.classes)
 
     def setup(self, stage: str) -> None:
         """Read the headers of the splits that a stage (fit, validate, test, predict) needs.
