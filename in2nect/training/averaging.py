@@ -3,6 +3,7 @@ Lightning's callback. It holds a second copy of the weights, and costs one pass 
 """
 
 from functools import partial
+from typing import Any
 
 import lightning
 import torch
@@ -29,6 +30,12 @@ class AveragedWeights(WeightAveraging):
         if stage == "fit":
             pl_module.setup(stage)  # Lightning calls it behind the callbacks' own: without it there is no network yet
         super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is not None:  # else there is no training, and the module has the averaged weights
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 def _average(averaged: list[Tensor], current: list[Tensor], _: Tensor | int, *, decay: float) -> None:

@@ -167,8 +167,8 @@ class TrainingCLI(LightningCLI):
             own.append(progress())
         if config.get("enable_checkpointing") is not False:
             own += checkpoints(output / "checkpoints", self._get(self.config_init, "checkpoint_every"))
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
-        plugins = config.get("plugins") or []
+        callbacks, plugins = config.get("callbacks") or [], config.get("plugins") or []
+        kwargs["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *own]
         own_plugins: list[Any] = [AtomicCheckpointIO(), *([SyncBatchNorm()] if config.get("sync_batchnorm") else [])]
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), *own_plugins]
         if self.subcommand != "fit":

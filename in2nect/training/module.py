@@ -156,9 +156,8 @@ class SegmentationModule(lightning.LightningModule):
             self.segmentation_loss.class_weights = balancing_weights(weights, data.label_index.image_pixels)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The averaging of the weights, where it is asked for and there is something to average."""
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        return [AveragedWeights(self.optimizer.ema_decay)] if self.optimizer.ema_decay and fitting else []
+        """The averaging of the weights, where it is asked for."""
+        return [AveragedWeights(self.optimizer.ema_decay)] if self.optimizer.ema_decay else []
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of uint8 images (B, C, H, W) of any size."""
