@@ -128,7 +128,7 @@ def _measure(
     trainer: lightning.Trainer, module: SegmentationModule, data: FolderDataModule, device: torch.device
 ) -> tuple[int, MemoryEstimate]:
     """Multiply-adds of a crop's forward pass, and the memory of a step. The module is of fake tensors from here on."""
-    bits, kind = trainer.precision.split("-")
+    bits, _, kind = trainer.precision.partition("-")
     dtype = _DTYPES.get(bits, torch.float32)
     if kind == "true":
         module.to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from in2nect.training.batch_norm import SyncBatchNorm
+from in2nect.training.cli import main
 
 
 @pytest.mark.parametrize("encoder", ["test_efficientnet", "resnet10t"])
@@ -33,6 +36,19 @@ def test_layers_are_converted_with_their_activation_and_back(encoder: str) -> No
         assert not any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
         torch.testing.assert_close(model(images), moved)
     assert not torch.allclose(moved, expected)
+
+
+def test_the_command_line_takes_it(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[SyncBatchNorm] = []
+    monkeypatch.setattr("in2nect.training.lightning_cli.SyncBatchNorm", lambda: made.append(SyncBatchNorm()) or made[0])
+    explained = ["--explain", "--model.encoder=test_efficientnet", "--trainer.accelerator=cpu", "--data.crop_size=64"]
+    fit = ["fit", f"--data.root={dataset}", f"--output={tmp_path}", "--trainer.max_epochs=1", *explained]
+    taken = []
+    monkeypatch.setattr("in2nect.training.explain.explain", lambda trainer, *_, **__: taken.append(trainer))
+    for options in ([], ["--trainer.sync_batchnorm=true", "--trainer.devices=2"]):
+        assert main([*fit, *options]) == 0
+    assert [trainer.strategy._layer_sync for trainer in taken if hasattr(trainer.strategy, "_layer_sync")] == made
+    assert len(made) == 1 and len(taken) == 2
 
 
 def test_torchs_own_conversion_takes_activations_away() -> None:
