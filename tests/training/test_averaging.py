@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.optim.swa_utils import get_ema_avg_fn
 
 from in2nect.training.averaging import AveragedWeights, _average
 from in2nect.training.cli import main
@@ -84,10 +85,12 @@ def test_average_of_steps_is_what_is_validated_and_kept(
 
 
 def test_whole_numbers_are_copied_and_equal_numbers_stay() -> None:
-    """torch's average of integers rounds down: an index of 113 would become 112."""
+    """torch's average of integers rounds down: of the same indices it makes others."""
     index = torch.arange(225)
+    rounded = index.clone().copy_(get_ema_avg_fn(0.9)(index, index, 1))  # type: ignore[arg-type]
+    assert not torch.equal(rounded, index)
     averaged, current = [index.clone()], [index.flip(0)]
-    _average(averaged, current, 1, decay=0.999)
+    _average(averaged, current, 1, decay=0.9)
     assert torch.equal(averaged[0], current[0])
     constant = torch.randn(100)
     averaged = [constant.clone()]
