@@ -77,7 +77,7 @@ class MemoryEstimate:
 def explain(
     trainer: lightning.Trainer, module: SegmentationModule, data: FolderDataModule, *, assume_gpu: bool = True
 ) -> str:
-    """The text. Neither trainer nor module can be used for a training afterwards.
+    """The text. Neither trainer, module nor data can be used for a training afterwards.
 
     Args:
         assume_gpu: where the trainer has none, estimate for one that is assumed, and not for this machine.
@@ -88,6 +88,7 @@ def explain(
     trainer.strategy.connect(module)
     trainer.datamodule = data  # type: ignore[attr-defined]
     data.trainer = module.trainer = trainer
+    data.read_through = False  # headers are enough here
     data.setup("fit")
     module.setup("fit")
     found = module.segmentation_loss.class_weights

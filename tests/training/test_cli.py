@@ -297,6 +297,7 @@ def test_explain_tells_what_a_fit_would_do_and_does_nothing(
     """Its steps and batches are those of the training itself."""
     monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("in2nect.data.sampling.read_label", None)  # no label is read
+    monkeypatch.setattr("in2nect.training.datamodule.prove", None)  # nor is any file read through
     output = tmp_path / "run"
     options = ["--data.samples_per_epoch=11", "--trainer.accumulate_grad_batches=2", "--model.optimizer.warmup_steps=1"]
     arguments = fit(dataset, output, 3, *options)
@@ -317,6 +318,8 @@ def test_explain_tells_what_a_fit_would_do_and_does_nothing(
     ):
         assert text in told
     assert not output.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
     assert main(arguments) == 0
     assert torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
     assert "explain:" not in (output / "config.yaml").read_text()
@@ -460,6 +463,15 @@ def test_mistakes_are_answered_briefly(
     told = capsys.readouterr().err
     assert code == 2
     assert message in told and "Traceback" not in told and len(told.splitlines()) < 20
+
+
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("in2nect.data.command.main", interrupted)
+    assert main(["data", "check", "."]) == 130
+    assert capsys.readouterr().err == "in2nect: interrupted\n"
 
 
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
