@@ -98,6 +98,11 @@ class LabelIndex:
         """Pixels of each class."""
         return [int(below[-1]) if below.size else 0 for below in self._below]
 
+    @property
+    def image_pixels(self) -> NDArray[np.int64]:
+        """Pixels of each class in each image, (images, K)."""
+        return np.add.reduceat(self.counts, self._first[:-1], axis=0, dtype=np.int64)
+
     def draw(self, rng: np.random.Generator) -> Cell:
         """One of the classes that occur, and a cell of it with probability proportional to its pixels of the class."""
         code = self.present[int(rng.integers(len(self.present)))]
@@ -119,11 +124,9 @@ class LabelIndex:
         Raises:
             ValueError: a label holds a code that is no class; no label holds a labelled pixel.
         """
-        sizes = [(pair.height, pair.width) for pair in pairs]
-        path = cached_at(pairs, classes)
-        counts = _load(path, sum(_cells(height) * _cells(width) for height, width in sizes), classes.num_classes)
-        if counts is None:
-            counts = count_classes(pairs, classes)
+        found = cls.cached(pairs, classes)
+        if found is None:
+            path, counts = cached_at(pairs, classes), count_classes(pairs, classes)
             try:
                 with replacing(path) as partial:
                     np.savez_compressed(partial, counts=counts)
@@ -133,7 +136,16 @@ class LabelIndex:
                     "IN2NECT_CACHE to a folder that can be written",
                     stacklevel=2,
                 )
-        return cls(sizes, counts)
+            found = cls(_sizes(pairs), counts)
+        return found
+
+    @classmethod
+    def cached(cls, pairs: list[Pair], classes: Classes) -> LabelIndex | None:
+        """The index of these labels if the cache holds it, without reading a label."""
+        sizes = _sizes(pairs)
+        cells = sum(_cells(height) * _cells(width) for height, width in sizes)
+        counts = _load(cached_at(pairs, classes), cells, classes.num_classes)
+        return None if counts is None else cls(sizes, counts)
 
 
 def cached_at(pairs: list[Pair], classes: Classes) -> Path:
@@ -190,6 +202,10 @@ def _load(path: Path, cells: int, num_classes: int) -> NDArray[np.uint16] | None
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         return None
     return counts if counts.shape == (cells, num_classes) and counts.dtype == np.uint16 else None
+
+
+def _sizes(pairs: list[Pair]) -> list[tuple[int, int]]:
+    return [(pair.height, pair.width) for pair in pairs]
 
 
 def _cells(length: int) -> int:

@@ -116,7 +116,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # A file of Python's own: into a path torch writes by itself, and does not say why it could not.
             with replacing(path) as partial, open(partial, "wb") as file:
                 torch.save(checkpoint, file)
-            # A kill in between leaves the earlier model file; last.ckpt is then older too, so that a resume writes both.
+            # A kill in between leaves the earlier model file; last.ckpt is older too then, and a resume writes both.
             if Path(path).name == f"{_BEST}.ckpt":
                 save_model(Path(path).with_suffix(SUFFIX), *model_of(checkpoint))
         except (OSError, RuntimeError) as error:

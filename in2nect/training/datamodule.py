@@ -6,7 +6,6 @@ epoch, changes them.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from in2nect.data.datasets import DataSet, DatasetName, LayoutSettings, classes_
 from in2nect.data.folder import IMAGE_SUFFIXES
 from in2nect.data.grid import GridDataset, ShapeBatchSampler
 from in2nect.data.proof import File, prove
-from in2nect.data.sampling import Sampling
+from in2nect.data.sampling import LabelIndex, Sampling
 from in2nect.data.scenes import Pair, Problem, Reading, Scene, band_count, examine, problem_error
 
 _PROGRESS_SECONDS = 5.0  # between two lines about files that are read through
@@ -147,6 +146,16 @@ class FolderDataModule(lightning.LightningDataModule):
         """
         needs_root = self.dataset == "folder" and self._classes_file is None
         return classes_of(self.dataset, self.root if needs_root else None, self._classes_file)
+
+    @cached_property
+    def label_index(self) -> LabelIndex:
+        """Which classes lie where in the training labels, after `setup`; they are read through when it is first asked
+        for, unless the cache knows them.
+
+        Raises:
+            ValueError: as `LabelIndex.of`.
+        """
+        return LabelIndex.of(self.train.pairs, self.classes)
 
     def setup(self, stage: str) -> None:
         """Read headers, and once every pixel, of the splits that a stage (fit, validate, test, predict) needs.

@@ -25,14 +25,15 @@ from in2nect.metrics.protocols import Protocol
 from in2nect.models.files import SUFFIX, load_model, read_description
 from in2nect.prediction.augmentation import AugmentationName
 from in2nect.prediction.submission import SubmissionName
+from in2nect.training.batch_norm import SyncBatchNorm
 from in2nect.training.callbacks import ScoresTable, SubmissionWriter, progress, quieten
 from in2nect.training.checkpoints import AtomicCheckpointIO, checkpoints
 from in2nect.training.datamodule import FolderDataModule
 from in2nect.training.events import EventLogger, quiet_writer
 from in2nect.training.failures import Stopped, TrainingFailure
 from in2nect.training.interruption import StopOnSignal
-from in2nect.training.memory import out_of_memory
 from in2nect.training.module import SegmentationModule
+from in2nect.training.out_of_memory import out_of_memory
 from in2nect.training.settings import PredictionSettings
 
 _OUTPUT = "runs/fit"
@@ -129,13 +130,23 @@ class TrainingCLI(LightningCLI):
             help="Write last.ckpt also within an epoch, after every so many steps; a run that is killed goes on behind "
             "it. 0: at the end of every epoch alone. SIGTERM or Ctrl-C, once, writes it too, and stops the run.",
         )
+        parser.add_argument(
+            "--explain",
+            action="store_true",
+            help="Of `fit`: print what the training would be (data, network, losses, steps, devices, an estimate of "
+            "its memory), and end without training. Nothing is written to OUTPUT, and no weights are downloaded.",
+        )
         parser.add_class_arguments(PredictionSettings, "prediction")
         parser.link_arguments("seed_everything", "data.seed")
 
     def before_instantiate_classes(self) -> None:
         config, subcommand = self.config[self.subcommand], self.subcommand
         last = Path(config.output) / "checkpoints" / "last.ckpt"
-        if subcommand == "fit" and config.ckpt_path is None and last.exists():
+        if config.explain:
+            if subcommand != "fit":
+                raise ValueError(f"--explain tells what `fit` would do; {subcommand} has nothing to explain")
+            config.model.pretrained = False  # the numbers of the first weights do not matter
+        elif subcommand == "fit" and config.ckpt_path is None and last.exists():
             raise ValueError(
                 f"{last} is there already. Resume that run with --ckpt_path last, or give another folder with --output"
             )
@@ -193,9 +204,10 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             self._stop = StopOnSignal(output / "checkpoints" / "last.ckpt" if checkpointed else None)
             own.append(self._stop)
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *own]
-        plugins = config.get("plugins") or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        callbacks, plugins = config.get("callbacks") or [], config.get("plugins") or []
+        kwargs["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *own]
+        own_plugins: list[Any] = [AtomicCheckpointIO(), *([SyncBatchNorm()] if config.get("sync_batchnorm") else [])]
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), *own_plugins]
         if self.subcommand != "fit":
             self.save_config_callback = None  # the configuration that the run was trained with stays
         return super().instantiate_trainer(**kwargs)
@@ -213,9 +225,15 @@ class TrainingCLI(LightningCLI):
             self.config_init[self.subcommand].ckpt_path = None  # for the trainer: nothing is left to load
 
     def fit(self, **options: Any) -> None:
-        """Trainer.fit, which signals stop behind a step."""
-        with self._failures_told(), self._stop.listening(self.trainer):
-            self.trainer.fit(**options)
+        """Trainer.fit, which signals stop behind a step; or what it would do."""
+        if not self._get(self.config_init, "explain"):
+            with self._failures_told(), self._stop.listening(self.trainer):
+                self.trainer.fit(**options)
+        elif self.trainer.is_global_zero:
+            from in2nect.training.explain import explain
+
+            on_cpu = self._get(self.config_init, "trainer").get("accelerator") == "cpu"
+            print(explain(self.trainer, self.model, self.datamodule, assume_gpu=not on_cpu))
 
     def validate(self, **options: Any) -> None:
         """Trainer.validate; ScoresTable prints the scores."""
@@ -262,6 +280,7 @@ class RunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path = None  # where this call resumed from is no setting of the run
+            del config["explain"]
             write_text(Path(config.output) / self.config_filename, self.parser.dump(config, skip_none=False))
 
 

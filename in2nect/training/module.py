@@ -19,6 +19,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -34,9 +35,10 @@ from in2nect.prediction.augmentation import AugmentationName, class_probabilitie
 from in2nect.prediction.scene import predict_raster
 from in2nect.prediction.sizes import any_size
 from in2nect.training.audit import IntraAudit, audit_intra, most_pixels, seen_by
+from in2nect.training.averaging import AveragedWeights
 from in2nect.training.checkpoints import classes_of
 from in2nect.training.failed_batch import crops_in_words, save_failed_batch
-from in2nect.training.losses import SegmentationLoss
+from in2nect.training.losses import SegmentationLoss, balancing_weights
 from in2nect.training.settings import LossSettings, OptimizerSettings, PredictionSettings, TuningSettings
 from in2nect.training.timing import ImageTimer
 
@@ -154,7 +156,9 @@ class SegmentationModule(lightning.LightningModule):
         # They depend on `pretrained`, which is not asked for when a checkpoint is read: so they are part of it.
         self.register_buffer("input_mean", _per_channel(self.model.input_mean))
         self.register_buffer("input_std", _per_channel(self.model.input_std))
-        self.segmentation_loss = SegmentationLoss(self.loss, classes.ignore_index)
+        self.segmentation_loss = SegmentationLoss(
+            self.loss, classes.ignore_index, class_weights=_class_weights(self.loss, classes)
+        )
         self.criterion = self._make_criterion() if self.tuning.enabled else None
         self.metrics = self._make_metrics()
 
@@ -175,6 +179,13 @@ class SegmentationModule(lightning.LightningModule):
             # Where data.mean is not given, it is the encoder's; a checkpoint or a model file brings its own.
             if not built and getattr(data, "mean", None) is not None:
                 self.input_mean, self.input_std = _per_channel(data.mean), _per_channel(data.std)
+        weights = self.loss.class_weights
+        if stage == "fit" and isinstance(weights, str):  # later stages have them from the checkpoint
+            self.segmentation_loss.class_weights = balancing_weights(weights, data.label_index.image_pixels)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The averaging of the weights, where it is asked for."""
+        return [AveragedWeights(self.optimizer.ema_decay)] if self.optimizer.ema_decay else []
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of uint8 images (B, C, H, W) of any size."""
@@ -231,6 +242,10 @@ class SegmentationModule(lightning.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._computed = None  # or the batch would take up memory until there is another
+
+    def total_loss(self, output: TrainingOutput, labels: Tensor) -> Tensor:
+        """The scalar that is trained: L_seg, the auxiliary head's and, where they are on, In2NeCT's."""
+        return self._losses(output, labels)[0]
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.metrics.update(self(batch["image"]).argmax(1), batch["label"])
@@ -302,7 +317,8 @@ class SegmentationModule(lightning.LightningModule):
 
     def _check_settings(self, stored: Mapping[str, Any]) -> None:
         """Refuses to go on with a training under other settings; where the first weights came from does not matter."""
-        there, here = _flat(stored), _flat(self.hparams)
+        # What a setting did that the checkpoint does not know yet, its default does now.
+        there, here = _flat(type(self)().hparams) | _flat(stored), _flat(self.hparams)
         differences = [
             f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
             for name in sorted({*there, *here} - _CHANGES_NO_WEIGHT)
@@ -485,6 +501,21 @@ def cosine(steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
         return (1 + math.cos(math.pi * done)) / 2
 
     return factor
+
+
+def _class_weights(settings: LossSettings, classes: Classes) -> Tensor | None:
+    """Those given by name; ones where the data or a checkpoint brings them; None where there are none."""
+    given = settings.class_weights
+    if given is None:
+        return None
+    by_name = {} if isinstance(given, str) else given
+    unknown = sorted(by_name.keys() - set(classes.names))
+    if unknown:
+        raise ValueError(
+            f"loss.class_weights names {', '.join(unknown)}, and the classes are {', '.join(classes.names)}; "
+            "give weights of these"
+        )
+    return torch.tensor([by_name.get(name, 1.0) for name in classes.names])
 
 
 def _check_backend(device: torch.device) -> None:

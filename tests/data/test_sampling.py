@@ -57,6 +57,7 @@ def test_a_draw_is_a_class_and_then_a_cell_by_its_pixels(make_pair, classes: Cla
     index = LabelIndex.of([make_pair("a", land(64, 64)), make_pair("b", label)], classes)
     assert index.present == [0, 2]
     assert index.pixels == [64 * 64 + 200 * 300 - 40, 0, 40]
+    assert index.image_pixels.tolist() == [[64 * 64, 0, 0], [200 * 300 - 40, 0, 40]]
     rng = np.random.default_rng(0)
     cells = [index.draw(rng) for _ in range(2000)]
     rare = [cell for cell in cells if cell.code == 2]

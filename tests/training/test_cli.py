@@ -263,6 +263,93 @@ def test_killed_run_resumes_within_an_epoch(
         assert_same(found["lr_schedulers"], expected["lr_schedulers"])
 
 
+def test_killed_run_resumes_with_averaged_weights_and_all_losses(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 in the second epoch of two, between a step and the next: weights, their average and the class weights of
+    the data go on bit for bit.
+    """
+    monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
+    options = ["--data.samples_per_epoch=12", "--checkpoint_every=1", "--trainer.accumulate_grad_batches=2"]
+    options += ["--model.optimizer.ema_decay=0.9", "--model.optimizer.warmup_steps=2", "--trainer.gradient_clip_val=1"]
+    options += ["--model.loss.ohem_threshold=0.4", "--model.loss.class_weights=balanced", "--model.loss.dice_weight=1"]
+    kill = ["--trainer.callbacks+=kill.KillAt", "--trainer.callbacks.epoch=1", "--trainer.callbacks.batch=5"]
+    whole, parts = fit(dataset, tmp_path / "whole", 2, *options), fit(dataset, tmp_path / "parts", 2, *options)
+    assert subprocess_main([*parts, *kill]).returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # config.yaml names kill.KillAt
+    assert main(["fit", "--ckpt_path=last", f"--output={tmp_path / 'parts'}", "--trainer.callbacks=null"]) == 0
+    assert main(whole) == 0
+    for name in ("last", "best"):
+        expected, found = (
+            torch.load(tmp_path / run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in ("whole", "parts")
+        )
+        assert found["global_step"] == expected["global_step"] == 6
+        for state in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+            assert_same(found[state], expected[state])
+        weights = found["state_dict"]["segmentation_loss.class_weights"]
+        assert len(weights.unique()) == 3 and weights.mean() == pytest.approx(1, abs=0.2)
+
+
+def test_explain_tells_what_a_fit_would_do_and_does_nothing(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps and batches are those of the training itself."""
+    monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("in2nect.data.sampling.read_label", None)  # no label is read
+    monkeypatch.setattr("in2nect.training.datamodule.prove", None)  # nor is any file read through
+    output = tmp_path / "run"
+    options = ["--data.samples_per_epoch=11", "--trainer.accumulate_grad_batches=2", "--model.optimizer.warmup_steps=1"]
+    arguments = fit(dataset, output, 3, *options)
+    assert main([*arguments, "--explain", "--model.pretrained=true", "--trainer.devices=1"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for text in (
+        f"folder in {dataset}: 2 training images",
+        "11 crops of 64 x 64 an epoch (uniform), 5 batches of 2 on each device",
+        "3 classes: field, road, water; their pixels have not been counted yet",
+        "unetformer (test_efficientnet): 0.58 M parameters, 3 bands",
+        "input of decoder.segmentation_head.dropout, 64 channels at stride 4",
+        "moments (pooled covariance) at the labels: 8,192 pixels a batch",
+        "3 steps an epoch, 9 in all: 1 of warm-up",
+        "4 crops a step: 2 x 1 devices x 2 accumulated batches",
+        "32-true, channels_last; this machine's CPU",
+        "activations saved by the network",
+        ": fits",
+    ):
+        assert text in told
+    assert not output.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
+    assert main(arguments) == 0
+    assert torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
+    assert "explain:" not in (output / "config.yaml").read_text()
+    assert main([*arguments, "--explain"]) == 0  # what is there already does not matter
+
+
+def test_explain_of_what_does_not_fit_says_what_would(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four GPUs that are not there, and batches that are too large for them."""
+    monkeypatch.setenv("IN2NECT_CACHE", str(tmp_path / "cache"))
+    options = ["--data.crop_size=1024", "--data.batch_size=64", "--data.samples_per_epoch=640", "--trainer.devices=4"]
+    options += ["--model.loss.class_weights=median_frequency", "--model.optimizer.ema_decay=0.9", "--explain"]
+    assert main([*fit(dataset, tmp_path / "run", 1), *options, "--trainer.accelerator=auto"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    if not torch.cuda.is_available():
+        assert "an A6000 of 48 GB is assumed" in told
+        assert re.search(r"does not fit .* data\.batch_size=(32|16) with trainer\.accumulate_grad_batches=(2|4)", told)
+    for text in (
+        "10 batches of 64 on each device" if torch.cuda.is_available() else "2 batches of 64 on each device",
+        "256 crops a step: 64 x 4 devices x 1 accumulated batches",
+        "averaged weights",
+        "gradients in transit between devices",
+        "class weights (field ",
+        "labelled: field ",
+        "trainer.precision=bf16-mixed",
+    ):
+        assert text in told
+
+
 def test_resuming_with_other_settings_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "config.yaml").read_bytes()
     for checkpoint in ("last", str(run / "checkpoints" / "last.ckpt")):
@@ -345,6 +432,10 @@ def test_a_backend_that_cannot_run_here_is_told_before_training(
         (["fit", "--data.root=DATA", "--output=RUN"], "Resume that run with --ckpt_path last"),
         (["fit", "--config=missing.yaml"], "missing.yaml"),
         (["test", "--data.root=DATA"], "give --ckpt_path"),
+        (["test", "--ckpt_path=RUN/checkpoints/last.ckpt", "--explain"], "--explain tells what `fit` would do"),
+        (["fit", "--data.root=/nowhere", "--explain"], "/nowhere: no such folder"),
+        (["fit", "--data.root=DATA", "--output=NEW", "--model.optimizer.ema_decay=1"], "optimizer.ema_decay is 1"),
+        (["fit", "--data.root=DATA", "--output=NEW", "--model.loss.class_weights={a: 1}"], "names a, and the classes"),
         (["test", "--ckpt_path=RUN/checkpoints/last.ckpt", "--tta=rotations"], "rotations"),
         (["test", "--ckpt_path=RUN/checkpoints/last.ckpt", "--protocol=cityscapes"], "cityscapes"),
         (["fit", "--data.root=DATA", "--output=NEW", "--protocol=loveda"], "protocol loveda scores 7 classes, and 3"),
@@ -405,6 +496,9 @@ def test_help_is_quick_and_says_what_every_field_is(capsys: pytest.CaptureFixtur
         "a class is drawn first",
         "Write last.ckpt also within an epoch",
         "highest learning rate",
+        "exponential moving average of the weights",
+        "online hard example mining",
+        "print what the training would be",
         "Folder of the run",
         "side of a window",
         "Which classes mIoU and AF are taken over",

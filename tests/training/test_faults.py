@@ -14,7 +14,7 @@ import torch
 
 from in2nect.training import reproduce
 from in2nect.training.cli import main
-from in2nect.training.memory import out_of_memory
+from in2nect.training.out_of_memory import out_of_memory
 
 HERE = Path(__file__).parent
 # Eight batches an epoch, two a step; a validation of two batches after every fourth. Dropout is on.

@@ -5,8 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
 from in2nect.data.classes import Classes
 from in2nect.training.module import SegmentationModule, cosine
@@ -184,3 +187,47 @@ def test_a_checkpoint_keeps_the_scores_of_its_own_weights_alone(batch: dict[str,
     module._trainer = SimpleNamespace(global_step=1, datamodule=SimpleNamespace(bands=(2, 1, 3)))  # type: ignore[assignment]
     module.on_save_checkpoint(stored)  # a step later
     assert stored["metrics"] is None and stored["bands"] == [2, 1, 3]
+
+
+def test_class_weights_are_named_or_told_which_are_unknown() -> None:
+    module = build(loss=LossSettings(class_weights={"road": 2.5}))
+    found = module.segmentation_loss.class_weights
+    assert found is not None and found.tolist() == [1.0, 2.5, 1.0]
+    assert "segmentation_loss.class_weights" in module.state_dict()
+    assert not [name for name in build().state_dict() if name.startswith("segmentation_loss")]
+    with pytest.raises(ValueError, match="names lake, and the classes are field, road, water"):
+        build(loss=LossSettings(class_weights={"lake": 1.0}))
+
+
+def test_schedule_counts_steps_of_the_optimiser_under_accumulation(batch: dict[str, torch.Tensor]) -> None:
+    """Five batches, accumulated by two, are three steps an epoch, the last of one batch."""
+    samples = [{"image": batch["image"][0], "label": batch["label"][0]}] * 5
+    module = build(optimizer=OptimizerSettings(lr=0.1, warmup_steps=2))
+    rates = Rates()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        callbacks=[rates],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    module.setup = lambda stage: None  # type: ignore[method-assign]
+    trainer.fit(module, DataLoader(samples, batch_size=1))  # type: ignore[arg-type]
+    factor = cosine(6, warmup_steps=2)
+    expected = [0.1 * factor(step) for step in (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)]
+    assert rates.seen == pytest.approx(expected) and trainer.global_step == 6
+
+
+class Rates(Callback):
+    """The learning rate of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
