@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(tempfile.mkdtemp(prefix="in2nect-bench-", dir=options.folder))
         try:
             pair = make_raster(folder, layout, options.size, options.seed)
-            rows += measure_layout(pair, layout, options)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as asked
+                rows += measure_layout(pair, layout, options)
         finally:
             shutil.rmtree(folder)
     say(f"\n{LEGEND}")

@@ -126,6 +126,9 @@ def table_foot(rows: Sequence[Row], missing: dict[str, str]) -> str:
             if timed.bound_ms[name] > 0
         ]
         lines.append("bound: " + ", ".join(parts))
+    shares = [f"{row.name} {digits(100 * row.read_share)} %" for row in rows if row.read_share is not None]
+    if shares:
+        lines.append(wrapped("reads, over the rate of a sum of the same features, in turns:", f" {', '.join(shares)}"))
     lines += [wrapped(f"no row for {name}:", f" {why}") for name, why in missing.items()]
     return "\n".join(lines)
 

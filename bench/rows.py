@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import gc
+import itertools
 import math
 import time
 import warnings
@@ -33,7 +34,7 @@ from problems import (
     rotated,
     sampling_fault,
 )
-from timing import Outputs, Times, extra_memory, time_runs
+from timing import Outputs, Times, extra_memory, spread, time_in_turns, time_runs
 
 from in2nect import native
 from in2nect.ops import backend
@@ -107,6 +108,7 @@ class Row:
     check_seconds: float = 0.0
     rotating_bytes: int = 0
     ratio_to_best_peer: float | None = None
+    read_share: float | None = None
 
     @property
     def name(self) -> str:
@@ -137,6 +139,7 @@ class Row:
             "limited_by": self.limited_by,
             "percent_of_bound": self.percent_of_bound(),
             "ratio_to_best_peer": self.ratio_to_best_peer,
+            "read_share": self.read_share,
             "extra_bytes": self.extra_bytes,
             "memory_how": self.memory_how,
             "gradient_bytes": self.gradient_bytes,
@@ -290,6 +293,8 @@ def _measure(row: Row, ceilings: Ceilings, settings: Settings, answers: Answers)
         name=" ".join(filter(None, (problem.op, problem.estimator, implementation.name))),
         nvtx=settings.nvtx,
     )
+    if problem.op == "class_sums":
+        row.read_share = _read_share(forward, sets, problem.device, settings)
     works = dict(zip(("forward", "backward"), least_work(problem)))
     for name, work in works.items():
         row.bound_ms[name], row.limited_by[name] = work.milliseconds(ceilings)
@@ -297,6 +302,29 @@ def _measure(row: Row, ceilings: Ceilings, settings: Settings, answers: Answers)
     if settings.memory:
         row.extra_bytes, row.memory_how = extra_memory(forward, differentiate, inputs, problem.device)
     row.status = "timed"
+
+
+def _read_share(
+    forward: Callable[[Inputs], Outputs], sets: Sequence[Inputs], device: torch.device, settings: Settings
+) -> float:
+    """Bytes a second that a forward reads, over those of a sum of the same features, taken in turns.
+
+    A ceiling is taken once, of other memory: on a machine that others share, what memory gives changes by the minute,
+    and by where its pages lie. The two read different sets, so that neither finds what the other left in a cache.
+    """
+    ours = itertools.cycle(sets)
+    others = itertools.cycle([*sets[len(sets) // 2 :], *sets[: len(sets) // 2]])
+    with torch.no_grad():
+        times = time_in_turns(
+            [lambda: forward(next(ours)), lambda: next(others).leaves[0].sum()],
+            device,
+            seconds=settings.seconds,
+            least=settings.least,
+            most=settings.repeats,
+        )
+    features = sets[0].leaves[0].nbytes
+    everything = features + sets[0].constants["labels"].nbytes
+    return spread([read / taken for taken, read in times]).median * everything / features
 
 
 def _check(row: Row, answers: Answers) -> str | None:

@@ -28,6 +28,28 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """The folder of what is kept between runs and may be lost: IN2NECT_CACHE, or in2nect in the user's caches."""
+    folder = os.environ.get("IN2NECT_CACHE")
+    return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "in2nect")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, without the byte order mark that some programs put in front.
+
+    Raises:
+        ValueError: the file is in another encoding, or no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.object[error.start]:#04x} at position {error.start}"
+        raise ValueError(f"{path}: {found} is not UTF-8; save the file as UTF-8 text") from error
+    if "\0" in text:
+        raise ValueError(f"{path}: byte 0x00 at position {text.index(chr(0))} is no text; save the file as UTF-8 text")
+    return text
+
+
 def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes a text file atomically, in UTF-8."""
     with replacing(target) as partial:

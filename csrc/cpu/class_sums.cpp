@@ -226,8 +226,7 @@ class TileSums {
         norms_(normalize || squares ? std::max(pixels, kMostLanes) : 0),
         scale_(normalize ? std::max(pixels, kMostLanes) : 0),
         rows_((shape.classes + 1) * d_),
-        row_squares_(shape.classes + 1),
-        blocks_(pixels + kMostLanes) {}
+        row_squares_(shape.classes + 1) {}
 
   // `codes` with room for two blocks behind; `present` are the classes among them.
   template <typename S>
@@ -264,6 +263,7 @@ class TileSums {
       }
       return;
     }
+    blocks_.resize(count + kMostLanes);
     loops().labels.find_blocks(codes, count, run.lanes, present_.data(), classes, blocks_.data());
     run.add_blocks(tile.data, tile.channel, d_, blocks_.data(), present_.data(), classes, codes, scale, sums_, d_,
                    count);

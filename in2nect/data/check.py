@@ -7,9 +7,8 @@ size of a raster; the time is that of decoding the files once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,13 @@ from typing import Any
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.errors import RasterioIOError
-from rasterio.io import DatasetReader
-from rasterio.windows import Window
 
 from in2nect.data.coding import CodeLabels
 from in2nect.data.datasets import DataSet
 from in2nect.data.folder import SPLITS
-from in2nect.data.scenes import Problem, Scene, as_bytes, examine_scene
-from in2nect.data.windows import open_raster, quiet_without_georeference
+from in2nect.data.scenes import Problem, Scene, as_bytes, examine_scene, mixed_bands, telling
+from in2nect.data.windows import bands_of_rows, open_raster, quiet_without_georeference
 
-_PIXELS = 1_000_000  # read at a time: counting takes 8 bytes of each
 PUBLISHED = {"loveda": {"train": 2522, "val": 1669, "test": 1796}}
 """Scenes of a split that the lists in `splits/` do not count."""
 
@@ -114,11 +109,14 @@ def check_dataset(
     problems: list[tuple[str, Problem]] = []
     jobs: list[tuple[str, Scene]] = []
     there = dataset.splits()
-    for split in [name for name in SPLITS if name in there]:
+    told: set[str] = set()
+    for split in [name for name in SPLITS if name in there] or SPLITS[:1]:  # where there is none, that says why
         try:
             jobs += [(split, scene) for scene in dataset.scenes(split)]
         except (FileNotFoundError, ValueError) as error:
-            problems.append((split, Problem(dataset.root, "missing", f"split {split!r}: {error}")))
+            if str(error) not in told:  # what is wrong with a list that all splits share is one problem
+                problems.append((split, Problem(dataset.root, "missing", f"split {split!r}: {error}")))
+            told.add(str(error))
     with quiet_without_georeference(), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         futures = {pool.submit(_read_scene, scene, dataset): number for number, (_, scene) in enumerate(jobs)}
         found: dict[int, _SceneReport] = {}
@@ -130,7 +128,9 @@ def check_dataset(
         _add(splits[split], scene, found[number])
         problems += [(split, problem) for problem in found[number].problems]
     if dataset.reading.bands is None:
-        problems += _mixed_bands((split, scene.image, found[n].bands) for n, (split, scene) in enumerate(jobs))
+        splits_of = {scene.image: split for split, scene in jobs}
+        mixed = mixed_bands((scene.image, found[number].bands) for number, (_, scene) in enumerate(jobs))
+        problems += [(splits_of[problem.path], problem) for problem in mixed]
     splits = {name: report for name, report in splits.items() if name in there}
     return Report(dataset, splits, problems, _notes(dataset, splits, {split for split, _ in problems}))
 
@@ -154,25 +154,12 @@ def _read_scene(scene: Scene, dataset: DataSet) -> _SceneReport:
     unusable = {problem.path for problem in problems}
     with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO"):  # which proves no checksums
         if scene.image not in unusable:
-            with _telling(scene.image, report.problems):
+            with telling(scene.image, report.problems):
                 report.values = _image_values(scene, dataset, report, with_elevation=scene.elevation not in unusable)
         if scene.label is not None and scene.label not in unusable and scene.label.exists():
-            with _telling(scene.label, report.problems):
+            with telling(scene.label, report.problems):
                 report.pixels = _label_pixels(scene.label, dataset)
     return report
-
-
-@contextmanager
-def _telling(path: Path, problems: list[Problem]) -> Iterator[None]:
-    """Turns what a file that is read through raises into a problem that names it."""
-    try:
-        yield
-    except ValueError as error:  # of a coding, which names the file
-        problems.append(Problem(path, "label", str(error)))
-    except (RasterioIOError, OSError) as error:
-        reason = str(error.__cause__ or error).replace(f"{path}: ", "").strip().rstrip(".")
-        message = f"{path}: damaged or cut short ({reason}); fetch it anew, or take it out"
-        problems.append(Problem(path, "unreadable", message))
 
 
 def _image_values(
@@ -184,12 +171,12 @@ def _image_values(
         if set(source.dtypes) != {"uint8"}:
             return None
         indexes = list(dataset.reading.bands or source.indexes)
-        values = _total(_histograms(source.read(indexes, window=window)) for window in _bands_of_rows(source))
+        values = _total(_histograms(source.read(indexes, window=window)) for window in bands_of_rows(source))
     if scene.elevation is None or not with_elevation:
         return values
-    with _telling(scene.elevation, report.problems), open_raster(scene.elevation) as source:
+    with telling(scene.elevation, report.problems), open_raster(scene.elevation) as source:
         limits = dataset.reading.elevation_range
-        heights = _total(_histograms(as_bytes(source.read([1], window=w), limits)) for w in _bands_of_rows(source))
+        heights = _total(_histograms(as_bytes(source.read([1], window=w), limits)) for w in bands_of_rows(source))
         return np.concatenate([values, heights])
     return None
 
@@ -197,7 +184,7 @@ def _image_values(
 def _label_pixels(path: Path, dataset: DataSet) -> NDArray[np.int64]:
     coding = dataset.reading.coding or CodeLabels(dataset.classes)
     with open_raster(path) as source:
-        counts = _total(_histograms(coding(source.read(window=w), path)[None]) for w in _bands_of_rows(source))
+        counts = _total(_histograms(coding(source.read(window=w), path)[None]) for w in bands_of_rows(source))
     return counts[0, [*range(dataset.classes.num_classes), dataset.classes.ignore_index]]
 
 
@@ -207,13 +194,6 @@ def _total(counts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 def _histograms(values: NDArray[Any]) -> NDArray[np.int64]:
     return np.stack([np.bincount(band.ravel(), minlength=256) for band in values])
-
-
-def _bands_of_rows(source: DatasetReader) -> Iterator[Window]:
-    block = max(height for height, _ in source.block_shapes)
-    rows = max(block, _PIXELS // source.width // block * block)
-    for row in range(0, source.height, rows):
-        yield Window(0, row, source.width, min(rows, source.height - row))
 
 
 def _add(split: SplitReport, scene: Scene, found: _SceneReport) -> None:
@@ -231,23 +211,12 @@ def _add(split: SplitReport, scene: Scene, found: _SceneReport) -> None:
             split.values += found.values
 
 
-def _mixed_bands(images: Iterable[tuple[str, Path, int]]) -> list[tuple[str, Problem]]:
-    """The images that have another number of bands than most."""
-    known = [(split, path, count) for split, path, count in images if count]
-    counts = [count for _, _, count in known]
-    usual = max(set(counts), key=counts.count, default=0)
-    return [
-        (
-            split,
-            Problem(path, "bands", f"{path}: {count} bands, where most images have {usual}; choose with data.bands"),
-        )
-        for split, path, count in known
-        if count != usual
-    ]
+def _taken_in(split: str, dataset: DataSet) -> bool:
+    return split == "val" and dataset.layout.train_on == "train+val"
 
 
 def _notes(dataset: DataSet, splits: dict[str, SplitReport], wrong: set[str]) -> list[str]:
-    notes: list[str] = []
+    notes = [f"no split {name!r}" for name in SPLITS if name not in splits and not _taken_in(name, dataset)]
     for name, split in splits.items():
         expected = PUBLISHED.get(dataset.name, {}).get(name)
         if expected is not None and dataset.layout.domain == "both" and split.scenes not in (0, expected):

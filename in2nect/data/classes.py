@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
-from in2nect.files import write_text
+from in2nect.files import read_text, write_text
 
 Color = tuple[int, int, int]
 
@@ -70,7 +70,7 @@ class Classes:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such class file; give a YAML with `ignore_index` and `classes`")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not valid YAML: {error}") from error
         entries = _entries(path, content)

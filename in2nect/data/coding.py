@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio.errors import RasterioIOError
 
 from in2nect.data.classes import Classes, Color
 from in2nect.data.windows import open_raster
@@ -149,7 +150,12 @@ def _describe(path: Path, foreign: Any, name: Any, expected: LabelCoding) -> str
     first: dict[tuple[int, ...], tuple[int, int]] = {}
     with open_raster(path) as source:
         for _, window in source.block_windows(1):
-            block = source.read(window=window)
+            try:
+                block = source.read(window=window)
+            except RasterioIOError as error:  # what was read of it before was made up
+                raise OSError(
+                    f"{path}: damaged or cut short ({error.__cause__ or error}); fetch it anew, or take it out"
+                ) from (error.__cause__ or error)
             rows, cols = np.nonzero(foreign(block))
             if not len(rows):
                 continue

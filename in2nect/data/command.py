@@ -202,8 +202,15 @@ def _data_settings(path: str) -> dict[str, Any]:
     """What a training's configuration says about its data set."""
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
-    with open(path, encoding="utf-8") as stream:
-        data = (yaml.safe_load(stream) or {}).get("data", {})
+    from in2nect.files import read_text
+
+    try:
+        content = yaml.safe_load(read_text(path)) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    data = content.get("data") or {} if isinstance(content, dict) else None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: no configuration of a training; expected a mapping with `data`, as in configs/")
     found = {name: data[name] for name in ("dataset", "classes", "bands") if data.get(name) is not None}
     return found | {f"layout.{name}": value for name, value in (data.get("layout") or {}).items()}
 

@@ -18,6 +18,7 @@ from in2nect.data.classes import ISPRS, LOVEDA, Classes
 from in2nect.data.coding import CodeLabels, ColorLabels, LabelCoding
 from in2nect.data.folder import IMAGE_SUFFIXES, LABEL_SUFFIXES, SPLITS, by_stem, split_images, split_names, split_scenes
 from in2nect.data.scenes import Reading, Scene
+from in2nect.files import read_text
 
 DatasetName = Literal["folder", "loveda", "vaihingen", "potsdam"]
 _BELONGS_TO: dict[str, tuple[DatasetName, ...]] = {
@@ -233,7 +234,7 @@ def _entries(path: Path) -> list[str]:
     for other in [path, *(path.with_name(f"{split}.txt") for split in SPLITS if f"{split}.txt" != path.name)]:
         if not other.is_file():
             continue
-        for number, line in enumerate(other.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(other).splitlines(), 1):
             entry = line.split("#", 1)[0].strip()
             if entry in found:
                 raise ValueError(

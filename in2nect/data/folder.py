@@ -9,10 +9,12 @@ are left alone. One header read a file.
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 
 from in2nect.data.scenes import Pair, Reading, Scene, examine, problem_error
+from in2nect.files import read_text
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png")
@@ -132,15 +134,14 @@ def _split_rows(table: Path) -> list[tuple[int, str, str]]:
         raise FileNotFoundError(
             f"{table}: missing; write one with the columns image,split (split: {', '.join(SPLITS)})"
         )
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        missing = [column for column in ("image", "split") if column not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(
-                f"{table}: no column {' or '.join(missing)}; its first line reads {reader.fieldnames}, "
-                "expected at least image,split"
-            )
-        return [(reader.line_num, (row["image"] or "").strip(), (row["split"] or "").strip()) for row in reader]
+    reader = csv.DictReader(io.StringIO(read_text(table)))
+    missing = [column for column in ("image", "split") if column not in (reader.fieldnames or [])]
+    if missing:
+        raise ValueError(
+            f"{table}: no column {' or '.join(missing)}; its first line reads {','.join(reader.fieldnames or [])!r}, "
+            "expected at least image,split, with commas"
+        )
+    return [(reader.line_num, (row["image"] or "").strip(), (row["split"] or "").strip()) for row in reader]
 
 
 def _find_image(images: dict[str, Path], entry: str) -> Path | None:

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -57,21 +58,25 @@ def plan(
 
     Raises:
         FileNotFoundError: no such source, or no raster in it.
-        ValueError: the target is the source or lies in it, or two sources have one target.
+        ValueError: the target is the source or lies in it, two sources have one target, or what is to be written is not
+            a GeoTIFF or a folder of them.
     """
     if source.resolve() == target.resolve() or source.resolve() in target.resolve().parents:
         raise ValueError(f"{target}: is {source} or lies in it; give a folder elsewhere")
     if source.is_file():
-        name = source.name if target.suffix else f"{source.stem}.tif"
-        place = target if target.suffix else target / name
+        place = target if target.suffix and not target.is_dir() else target / f"{source.stem}.tif"
+        if place.suffix.lower() not in (".tif", ".tiff"):
+            raise ValueError(f"{place}: GeoTIFFs are written; give a name that ends in .tif, or a folder")
         return [Job(source, place, _is_label(source.name, labels))], []
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: is a file, and {source} a folder; give a folder")
     jobs: dict[Path, Job] = {}
     others: list[tuple[Path, Path]] = []
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+        if path.is_dir() or any(part.startswith(".") for part in relative.parts):
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             place = target / relative.with_suffix(".tif")
@@ -106,11 +111,12 @@ def prepare(
         (rasters written, rasters that were current already, what went wrong, a line a file).
 
     Raises:
-        FileNotFoundError, ValueError: as `plan`.
+        FileNotFoundError, ValueError: as `plan`; in a target's place there is a file that this did not write.
     """
     jobs, others = plan(Path(source), Path(target), labels)
     written, failed = 0, []
     due = [job for job in jobs if not is_current(job, compression)]
+    _check_replaceable(due)
     done = len(jobs) - len(due)
     convert = partial(rewrite, compression=compression)
     for number, (job, error) in enumerate(_run(convert, due, workers or os.cpu_count() or 1), done + 1):
@@ -120,8 +126,9 @@ def prepare(
         if progress is not None:
             progress(number, len(jobs), job.target)
     for path, place in others:
-        with replacing(place) as partial_copy:
-            shutil.copyfile(path, partial_copy)
+        if not place.exists() or place.stat().st_mtime_ns < path.stat().st_mtime_ns:  # one changed since then stays
+            with replacing(place) as partial_copy:
+                shutil.copyfile(path, partial_copy)
     return written, done, failed
 
 
@@ -144,7 +151,8 @@ def rewrite(job: Job, compression: Compression = "deflate") -> None:
                 output.update_tags(ns=_NAMESPACE, **_tags(job, compression))
         except (RasterioError, CPLE_BaseError) as error:
             raise OSError(
-                f"{job.source}: cannot be read to its end ({error.__cause__ or error}); fetch it anew, or take it out"
+                f"{job.source}: cannot be rewritten as {job.target} ({error.__cause__ or error}); if it is damaged, "
+                "fetch it anew, or take it out"
             ) from error
         finally:
             partial_file.with_name(f"{partial_file.name}.aux.xml").unlink(missing_ok=True)
@@ -152,13 +160,28 @@ def rewrite(job: Job, compression: Compression = "deflate") -> None:
 
 def is_current(job: Job, compression: Compression = "deflate") -> bool:
     """Whether the target is there and was made, in this way, of the source as it is now."""
-    if not job.target.is_file():
-        return False
+    return job.source.exists() and _made_of(job.target) == _tags(job, compression)
+
+
+def _made_of(target: Path) -> dict[str, str]:
+    """What a raster says it was made of; nothing where there is none, or another one."""
+    if not target.is_file():
+        return {}
     try:
-        with open_raster(job.target) as raster:
-            return bool(raster.tags(ns=_NAMESPACE) == _tags(job, compression))
+        with open_raster(target) as raster:
+            return dict(raster.tags(ns=_NAMESPACE))
     except RasterioIOError:
-        return False
+        return {}
+
+
+def _check_replaceable(jobs: Sequence[Job]) -> None:
+    foreign = [job.target for job in jobs if job.target.exists() and not _made_of(job.target)]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ValueError(
+            f"{foreign[0]}{more}: there already, and not written by `in2nect data prepare`; nothing was written. Give "
+            "another target, or move it away"
+        )
 
 
 def _run(convert: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[tuple[Job, str | None]]:
@@ -170,7 +193,13 @@ def _run(convert: Callable[[Job], None], jobs: list[Job], workers: int) -> Itera
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_attempt, convert, job): job for job in jobs}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            try:
+                yield futures[future], future.result()
+            except BrokenProcessPool as error:
+                raise OSError(
+                    "a process that rewrites rasters was killed, perhaps for want of memory; try fewer --workers: what "
+                    "is written stays"
+                ) from error
 
 
 def _attempt(convert: Callable[[Job], None], job: Job) -> str | None:
@@ -182,9 +211,10 @@ def _attempt(convert: Callable[[Job], None], job: Job) -> str | None:
 
 
 def _creation(raster: DatasetReader, job: Job, compression: Compression) -> dict[str, str]:
-    floating = any(dtype.startswith(("float", "complex")) for dtype in raster.dtypes)
+    floating = any(dtype.startswith("float") for dtype in raster.dtypes)
     # Differences of neighbours compress pictures; labels are runs of one value, which they would only blur.
-    predictor = "1" if job.is_label or _is_palette(raster) else "3" if floating else "2"
+    plain = job.is_label or _is_palette(raster) or not _takes_differences(raster)
+    predictor = "1" if plain else "3" if floating else "2"
     return {
         "TILED": "YES",
         "BLOCKXSIZE": str(_TILE),
@@ -193,6 +223,12 @@ def _creation(raster: DatasetReader, job: Job, compression: Compression) -> dict
         "PREDICTOR": predictor,
         "BIGTIFF": "IF_SAFER",
     }
+
+
+def _takes_differences(raster: DatasetReader) -> bool:
+    """Whether libtiff can: not of complex numbers, nor of pixels of 1, 4 or 12 bits."""
+    bits = {raster.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8") for band in raster.indexes}
+    return bits <= {"8", "16", "32", "64"} and not any(dtype.startswith("complex") for dtype in raster.dtypes)
 
 
 def _is_palette(raster: DatasetReader) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from in2nect.data.classes import Classes
 from in2nect.data.coding import CodeLabels
 from in2nect.data.scenes import Pair, read_label
 from in2nect.data.windows import RasterCache, Window, block_shape
-from in2nect.files import replacing
+from in2nect.files import cache_folder, replacing
 
 Method = Literal["uniform", "balanced", "dominance"]
 CELL = 128
@@ -144,9 +143,7 @@ def cached_at(pairs: list[Pair], classes: Classes) -> Path:
         found = pair.label.stat()
         parts.append([str(pair.label.resolve()), found.st_size, found.st_mtime_ns, repr(pair.coding)])
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    folder = os.environ.get("IN2NECT_CACHE")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(folder) if folder else caches / "in2nect") / "labels" / f"{digest[:32]}.npz"
+    return cache_folder() / "labels" / f"{digest[:32]}.npz"
 
 
 def count_classes(pairs: list[Pair], classes: Classes) -> NDArray[np.uint16]:

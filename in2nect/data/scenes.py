@@ -7,8 +7,10 @@ what is wrong with a file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -127,10 +129,11 @@ def examine(scenes: Sequence[Scene], reading: Reading) -> tuple[list[Pair], list
     """
     with quiet_without_georeference(), ThreadPoolExecutor(_OPENING) as pool:
         found = list(pool.map(lambda scene: examine_scene(scene, reading), scenes))
-    pairs = [pair for pair, _, _ in found if pair is not None]
+    problems = [problem for _, _, problems in found for problem in problems]
     if reading.bands is None:
-        check_band_counts([(pair.image, count) for pair, count, _ in found if pair is not None])
-    return pairs, [problem for _, _, problems in found for problem in problems]
+        problems += mixed_bands((pair.image, count) for pair, count, _ in found if pair is not None)
+    odd = {problem.path for problem in problems}
+    return [pair for pair, _, _ in found if pair is not None and pair.image not in odd], problems
 
 
 def examine_scene(scene: Scene, reading: Reading) -> tuple[Pair | None, int, list[Problem]]:
@@ -172,21 +175,31 @@ def examine_scene(scene: Scene, reading: Reading) -> tuple[Pair | None, int, lis
     return pair, count, []
 
 
-def check_band_counts(images: Iterable[tuple[Path, int]]) -> None:
-    """Refuses images, given with their number of bands, that differ in it.
+def mixed_bands(images: Iterable[tuple[Path, int]]) -> list[Problem]:
+    """The images, given with their number of bands (0: not known), that have another number than most."""
+    known = [(path, count) for path, count in images if count]
+    (usual, _), *others = Counter(count for _, count in known).most_common() or [(0, 0)]
+    if not others:
+        return []
+    mend = "give all of them the same bands, or choose those to read with data.bands"
+    return [
+        Problem(path, "bands", f"{path}: {count} bands, where most images have {usual}; {mend}")
+        for path, count in known
+        if count != usual
+    ]
 
-    Raises:
-        ValueError: naming one image of each number.
-    """
-    bands: dict[int, Path] = {}
-    for path, count in images:
-        bands.setdefault(count, path)
-    if len(bands) > 1:
-        found = ", ".join(f"{path} has {count}" for count, path in sorted(bands.items()))
-        raise ValueError(
-            f"images differ in their number of bands: {found}; give all of them the same bands, or choose those to "
-            "read with data.bands"
-        )
+
+@contextmanager
+def telling(path: Path, problems: list[Problem]) -> Iterator[None]:
+    """Turns what a file that is read through raises into a problem that names it."""
+    try:
+        yield
+    except ValueError as error:  # of a coding, which names the file
+        problems.append(Problem(path, "label", str(error)))
+    except (RasterioIOError, OSError) as error:
+        reason = str(error.__cause__ or error).replace(f"{path}: ", "").strip().rstrip(".")
+        message = f"{path}: damaged or cut short ({reason}); fetch it anew, or take it out"
+        problems.append(Problem(path, "unreadable", message))
 
 
 def band_count(path: Path) -> int:
@@ -248,14 +261,14 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _check_image(path: Path, header: _Header, bands: tuple[int, ...] | None, problems: list[Problem]) -> None:
-    _check_bytes(path, header, problems)
+    _check_bytes(path, header, problems, "rescale it to 0..255 first")
     if bands is not None and max(bands) > header.count:
         message = f"{path}: {header.count} bands, and data.bands asks for band {max(bands)}; choose among those it has"
         problems.append(Problem(path, "bands", message))
 
 
 def _check_label(path: Path, header: _Header, coding: LabelCoding | None, problems: list[Problem]) -> None:
-    _check_bytes(path, header, problems)
+    _check_bytes(path, header, problems, "write the label's codes or colours as bytes")
     if header.count not in (CodeLabels.bands if coding is None else coding.bands):
         expected = (
             "one band of class codes (data.layout.label_values=colors reads colours)"
@@ -266,10 +279,10 @@ def _check_label(path: Path, header: _Header, coding: LabelCoding | None, proble
         problems.append(Problem(path, "bands", message))
 
 
-def _check_bytes(path: Path, header: _Header, problems: list[Problem]) -> None:
+def _check_bytes(path: Path, header: _Header, problems: list[Problem], mend: str) -> None:
     foreign = sorted({dtype for dtype in header.dtypes if dtype != "uint8"})
     if foreign:
-        message = f"{path}: {', '.join(foreign)} values; expected uint8 (rescale images to 0..255 first)"
+        message = f"{path}: {', '.join(foreign)} values; expected uint8: {mend}"
         problems.append(Problem(path, "type", message))
 
 

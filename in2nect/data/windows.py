@@ -30,6 +30,8 @@ BLOCK_CACHE = 128
 """MiB of decoded blocks that GDAL keeps in each process: its own choice, a twentieth of the machine's memory, is too
 much where there are many workers, and crops at random places seldom meet a block again."""
 
+_PIXELS = 1_000_000  # of `bands_of_rows`
+
 os.environ.setdefault("GDAL_CACHEMAX", str(BLOCK_CACHE))  # GDAL looks when it first reads; a user's own choice stands
 
 
@@ -112,6 +114,16 @@ def block_shape(path: str | os.PathLike[str]) -> tuple[int, int]:
     with open_raster(path) as source:
         height, width = source.block_shapes[0]
         return int(height), int(width)
+
+
+def bands_of_rows(source: DatasetReader) -> Iterator[RasterWindow]:
+    """Windows that cover a raster from top to bottom, each of whole blocks and about a million pixels (counting takes 8
+    bytes of each).
+    """
+    block = max(height for height, _ in source.block_shapes)
+    rows = max(block, _PIXELS // source.width // block * block)
+    for row in range(0, source.height, rows):
+        yield RasterWindow(0, row, source.width, min(rows, source.height - row))
 
 
 class RasterCache:

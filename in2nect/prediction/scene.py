@@ -9,6 +9,7 @@ network input is ever made up, but for networks that take certain sizes alone (`
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 import torch
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 from torch import Tensor
@@ -45,7 +46,7 @@ def predict_raster(
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Predicts every pixel of a raster and writes the class codes as a tiled, compressed GeoTIFF with the source's
-    CRS and transform.
+    CRS and transform, or its ground control points.
 
     Pixels that are nodata in the source (nodata value, alpha or mask) become `classes.ignore_index`, which is the
     target's nodata value.
@@ -72,7 +73,7 @@ def predict_raster(
     Raises:
         ValueError: an overlap outside 0..window-1, an unknown `tta`, bands that are not uint8, source and target that
             are the same file, or logits of another shape than expected.
-        rasterio.errors.RasterioIOError: the source cannot be read.
+        OSError: the source cannot be read, naming it.
     """
     views(tta)  # a name that is wrong is told before anything is opened
     source, target = Path(source), Path(target)
@@ -87,7 +88,8 @@ def predict_raster(
                 model, raster, bands, classes.num_classes, tta, window, overlap, batch_size, device, progress
             ):
                 rows = Window(0, row, raster.width, len(codes))
-                codes[raster.dataset_mask(window=rows) == 0] = classes.ignore_index
+                with _naming(raster):
+                    codes[raster.dataset_mask(window=rows) == 0] = classes.ignore_index
                 output.write(codes, 1, window=rows)
     if colour_png:
         _write_png(target)
@@ -129,7 +131,8 @@ def _bands_of_codes(
     for index, (row, following) in enumerate(pairwise([*rows, raster.height])):
         for first in range(0, len(columns), batch_size):
             group = columns[first : first + batch_size]
-            windows = [raster.read(bands, window=Window(column, row, width, height)) for column in group]
+            with _naming(raster):
+                windows = [raster.read(bands, window=Window(column, row, width, height)) for column in group]
             images = torch.from_numpy(np.stack(windows)).to(device)
             blended = (_probabilities(model, images, num_classes, tta) * weight).cpu()
             for column, part in zip(group, blended, strict=True):
@@ -146,6 +149,17 @@ def _bands_of_codes(
 @torch.inference_mode()
 def _probabilities(model: Model, images: Tensor, num_classes: int, tta: AugmentationName) -> Tensor:
     return class_probabilities(model, images, num_classes, tta)
+
+
+@contextmanager
+def _naming(raster: DatasetReader) -> Iterator[None]:
+    """Errors of reading with the file's name, which rasterio leaves out."""
+    try:
+        yield
+    except RasterioIOError as error:
+        raise OSError(
+            f"{raster.name}: cannot be read to its end ({error.__cause__ or error}); fetch it anew, or take it out"
+        ) from error
 
 
 def _check_bands(raster: DatasetReader, bands: tuple[int, ...]) -> None:
@@ -167,8 +181,7 @@ def _profile(raster: DatasetReader, classes: Classes) -> dict[str, object]:
         "count": 1,
         "width": raster.width,
         "height": raster.height,
-        "crs": raster.crs,
-        "transform": transform_of(raster.name),
+        **_georeference(raster),
         "nodata": classes.ignore_index,
         "tiled": True,
         "blockxsize": _BLOCK,
@@ -176,6 +189,11 @@ def _profile(raster: DatasetReader, classes: Classes) -> dict[str, object]:
         "compress": "deflate",
         "bigtiff": "if_safer",
     }
+
+
+def _georeference(raster: DatasetReader) -> dict[str, object]:
+    points, system = raster.gcps
+    return {"gcps": points, "crs": system} if points else {"crs": raster.crs, "transform": transform_of(raster.name)}
 
 
 def _palette(classes: Classes) -> dict[int, tuple[int, int, int]]:

@@ -200,7 +200,8 @@ def _wrong_pictures(archive: zipfile.ZipFile, rules: Rules) -> Iterator[str]:
         if entry.filename.endswith(".png") and "__MACOSX" not in entry.filename:
             try:
                 problem = _wrong_picture(archive.read(entry), rules)
-            except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, exotic
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+                # damaged, encrypted, exotic
                 problem = f"cannot be read from the zip ({error}); write it anew"
             if problem:
                 yield f"{entry.filename}: {problem}"

@@ -19,7 +19,8 @@ _TRACEBACK = "IN2NECT_TRACEBACK"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `in2nect`; returns the exit code: 0, 2 for a mistake that the user can mend, 1 for a training that failed.
+    """Runs `in2nect`; returns the exit code: 0, 2 for a mistake that the user can mend, 1 for a training that failed,
+    130 where it was interrupted.
 
     Errors in what was given are told in one message; IN2NECT_TRACEBACK=1 shows where they arose.
     """
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except FloatingPointError as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("in2nect: interrupted", file=sys.stderr)
+        return 130  # as shells count the signal
 
 
 def _run(arguments: list[str]) -> int:

@@ -6,7 +6,8 @@ epoch, changes them.
 
 from __future__ import annotations
 
-import os
+import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from in2nect.data.classes import Classes
+from in2nect.data.coding import CodeLabels
 from in2nect.data.crops import Augmentations, CropDataset, CropLoader, CropSampler, collate
 from in2nect.data.datasets import DataSet, DatasetName, LayoutSettings, classes_of, open_dataset
 from in2nect.data.folder import IMAGE_SUFFIXES
 from in2nect.data.grid import GridDataset, ShapeBatchSampler
+from in2nect.data.proof import File, prove
 from in2nect.data.sampling import Sampling
-from in2nect.data.scenes import Pair, Problem, band_count, examine, problem_error
+from in2nect.data.scenes import Pair, Problem, Reading, Scene, band_count, examine, problem_error
+
+_PROGRESS_SECONDS = 5.0  # between two lines about files that are read through
 
 
 class FolderDataModule(lightning.LightningDataModule):
@@ -45,8 +50,11 @@ class FolderDataModule(lightning.LightningDataModule):
         mean: what is taken off each band, on the scale where an image is 0..1; where it is not given, what the encoder
             was trained with (`in2nect data check` prints that of a data set).
         std: what each band is then divided by.
-        on_bad_file: what happens where a file is missing, cannot be opened or does not fit: error stops before the
-            first step and lists all of them, skip leaves their scenes out and says how many.
+        on_bad_file: what happens where a file is missing, damaged or does not fit, or a label holds what is no class:
+            error stops before the first step and lists all of them, skip leaves their scenes out and says how many.
+        read_through: read every file through before the first step, once: what is found is kept in the user's folder of
+            caches, or in IN2NECT_CACHE. Without it, only headers are looked at, and what is wrong in the pixels stops a
+            run when it is read.
         batch_size: crops or windows a batch, on each device.
         crop_size: side of a training crop, in pixels.
         samples_per_epoch: training crops an epoch, over all devices; where it is not given, as many as cover the
@@ -69,14 +77,15 @@ class FolderDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        root: str | os.PathLike[str] | None = None,
-        classes: str | os.PathLike[str] | None = None,
+        root: str | Path | None = None,
+        classes: str | Path | None = None,
         dataset: DatasetName = "folder",
         layout: LayoutSettings = LayoutSettings(),  # noqa: B008 - frozen
         bands: tuple[int, ...] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         on_bad_file: Literal["error", "skip"] = "error",
+        read_through: bool = True,
         batch_size: int = 8,
         crop_size: int = 512,
         samples_per_epoch: int | None = None,
@@ -88,11 +97,12 @@ class FolderDataModule(lightning.LightningDataModule):
         sampling: Literal["uniform", "balanced", "dominance"] = "uniform",
         dominance_limit: float = 0.75,
         dominance_tries: int = 10,
-        predict_images: list[str] | str | os.PathLike[str] | None = None,
+        predict_images: list[str] | str | Path | None = None,
     ) -> None:
         super().__init__()
         self._root, self._classes_file = root, classes
-        self.dataset, self.layout, self.bands, self.on_bad_file = dataset, layout, bands, on_bad_file
+        self.dataset, self.layout, self.bands = dataset, layout, bands
+        self.on_bad_file, self.read_through = on_bad_file, read_through
         self.mean, self.std = _normalisation(mean, std)
         self.batch_size, self.crop_size, self.samples_per_epoch = batch_size, crop_size, samples_per_epoch
         self.eval_window, self.eval_overlap = eval_window, eval_overlap
@@ -137,7 +147,7 @@ class FolderDataModule(lightning.LightningDataModule):
         return classes_of(self.dataset, self.root if needs_root else None, self._classes_file)
 
     def setup(self, stage: str) -> None:
-        """Read the headers of the splits that a stage (fit, validate, test, predict) needs.
+        """Read headers, and once every pixel, of the splits that a stage (fit, validate, test, predict) needs.
 
         Raises:
             FileNotFoundError, ValueError: files that are not usable, all of them listed; another number of bands than
@@ -154,7 +164,7 @@ class FolderDataModule(lightning.LightningDataModule):
         if stage == "test":
             self.test = self._grid(self._pairs(["test"])["test"])
         if stage == "predict":
-            self.predict = RasterPaths(self._rasters_to_predict())
+            self.predict = RasterPaths(self._sound(self._rasters_to_predict()))
 
     def train_dataloader(self) -> CropLoader:
         """Batches of random crops; the last, incomplete one is left out."""
@@ -200,31 +210,53 @@ class FolderDataModule(lightning.LightningDataModule):
         return False
 
     def _pairs(self, splits: list[str]) -> dict[str, list[Pair]]:
-        """The labelled scenes of splits, whose headers were checked."""
-        pairs: dict[str, list[Pair]] = {}
-        problems: list[Problem] = []
-        for split in splits:
-            scenes = self.source.scenes(split)
-            if all(scene.label is None for scene in scenes):
+        """The labelled scenes of splits that nothing is wrong with."""
+        scenes = {split: self.source.scenes(split) for split in splits}
+        for split, found in scenes.items():
+            if all(scene.label is None for scene in found):
                 raise ValueError(
                     f"{self.root}: the labels of {self.dataset}'s split {split!r} are not public, so it cannot be "
                     "scored here; use `in2nect validate`, or `in2nect predict` for the images"
                 )
-            pairs[split], found = examine(scenes, self.source.reading)
-            problems += found
-            if found and self.on_bad_file == "skip":
-                left = len(scenes) - len(pairs[split])
-                rank_zero_warn(
-                    f"split {split!r}: {left} of {len(scenes)} scenes left out (data.on_bad_file is skip), the first "
-                    f"because of {found[0].message}"
-                )
-                if not pairs[split]:
-                    raise ValueError(f"split {split!r}: no scene is left; `in2nect data check` lists what is wrong")
+        whole = [scene for found in scenes.values() for scene in found]
+        sound, problems = examine(whole, self.source.reading)
+        problems += self._proved([file for pair in sound for file in _files(pair, self.classes)])
         if problems and self.on_bad_file == "error":
-            more = f"\n`in2nect data check {self.root} --dataset {self.dataset}` reads every file through; "
-            raise problem_error(problems, f"{more}data.on_bad_file=skip leaves such scenes out")
-        self._check_channels([pair for found in pairs.values() for pair in found])
+            raise problem_error(
+                problems,
+                f"\n`in2nect data check {self.root} --dataset {self.dataset}` lists everything that is wrong; "
+                "data.on_bad_file=skip leaves such scenes out",
+            )
+        wrong = {problem.path: problem for problem in problems}
+        sound = [pair for pair in sound if not wrong.keys() & {pair.image, pair.label, pair.elevation}]
+        pairs: dict[str, list[Pair]] = {}
+        for split, found in scenes.items():
+            images = {scene.image for scene in found}
+            pairs[split] = [pair for pair in sound if pair.image in images]
+            left = [scene for scene in found if wrong.keys() & {scene.image, scene.label, scene.elevation}]
+            if left:
+                first = next(wrong[path] for path in _paths(left[0]) if path in wrong)
+                rank_zero_warn(
+                    f"split {split!r}: {len(left)} of {len(found)} scenes left out (data.on_bad_file is skip), the "
+                    f"first because of {first.message}"
+                )
+            if not pairs[split]:
+                raise ValueError(f"split {split!r}: no scene is left; `in2nect data check` lists what is wrong")
+        self._check_channels(sound)
         return pairs
+
+    def _proved(self, files: list[File]) -> list[Problem]:
+        """What is wrong in the pixels of files; one process reads them, and the others take what it found."""
+        if not self.read_through:
+            return []
+        others = self.trainer is not None and self.trainer.world_size > 1
+        first = self.trainer is None or self.trainer.is_global_zero
+        if others and not first:
+            self.trainer.strategy.barrier("proof")  # type: ignore[union-attr]
+        problems = prove(files, progress=_progress() if first else None)
+        if others and first:
+            self.trainer.strategy.barrier("proof")  # type: ignore[union-attr]
+        return problems
 
     def _check_channels(self, pairs: list[Pair]) -> None:
         """Refuses images of another number of bands than the network takes, before the first step meets them."""
@@ -304,6 +336,25 @@ class FolderDataModule(lightning.LightningDataModule):
             )
         return paths
 
+    def _sound(self, images: list[Path]) -> list[Path]:
+        """The rasters to predict whose headers and pixels can be read."""
+        _, problems = examine([Scene(path.stem, path, None) for path in images], Reading())
+        wrong = {problem.path for problem in problems}
+        problems += self._proved([(path, None) for path in images if path not in wrong])
+        if not problems:
+            return images
+        if self.on_bad_file == "error":
+            raise problem_error(problems, "\ndata.on_bad_file=skip leaves such images out")
+        wrong = {problem.path for problem in problems}
+        left = [path for path in images if path not in wrong]
+        rank_zero_warn(
+            f"{len(images) - len(left)} of {len(images)} images left out (data.on_bad_file is skip), the first because "
+            f"of {problems[0].message}"
+        )
+        if not left:
+            raise problem_error(problems, "\nno image is left to predict")
+        return left
+
 
 class RasterPaths(Dataset[dict[str, str]]):
     """Rasters to predict, dict(path=str) an item."""
@@ -316,6 +367,29 @@ class RasterPaths(Dataset[dict[str, str]]):
 
     def __getitem__(self, number: int) -> dict[str, str]:
         return {"path": str(self.paths[number])}
+
+
+def _paths(scene: Scene) -> list[Path]:
+    return [path for path in (scene.image, scene.label, scene.elevation) if path is not None]
+
+
+def _files(pair: Pair, classes: Classes) -> list[File]:
+    """What is to be read through of a pair."""
+    files: list[File] = [(pair.image, None), (pair.label, pair.coding or CodeLabels(classes))]
+    return files if pair.elevation is None else [*files, (pair.elevation, None)]
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A line every few seconds."""
+    last = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _PROGRESS_SECONDS:
+            last = time.monotonic()
+            print(f"{done} of {total} files read through, once (data.read_through=false leaves that out)", flush=True)
+
+    return line
 
 
 def _normalisation(

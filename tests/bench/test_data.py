@@ -119,3 +119,11 @@ def test_wrong_arguments_are_refused(bench, capsys, arguments, why) -> None:
 def test_help_explains_every_option(bench) -> None:
     for action in bench.data._parser()._actions:
         assert action.help, action.option_strings
+
+
+def test_more_workers_than_cores_are_no_warning(bench, tmp_path, monkeypatch, recwarn) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    monkeypatch.setitem(bench.data.METHODS, "torchgeo", bench.data.METHODS["crops"])
+    options = [*TINY, "--folder", str(tmp_path), "--layout", "tiled", "--workers", "2"]
+    assert bench.data.main(options) == 0
+    assert not [str(warning.message) for warning in recwarn if "worker processes" in str(warning.message)]

@@ -109,6 +109,8 @@ def test_from_a_checkout_with_nothing_installed(tmp_path) -> None:
     assert timed["gradient_bytes"] == 256 * 8 * 4
     assert timed["error"]["pixels"] == 256 and timed["error"]["gradient"] < 1e-5
     assert rows["intra_class_loss", "keops"]["status"] == "absent"
+    assert rows["class_sums", "index_add"]["read_share"] > 0 and timed["read_share"] is None
+    assert "reads, over the rate of a sum of the same features" in done.stdout
     assert rows["class_sums", "torch_scatter"]["why"].startswith("torch_scatter is not installed")
     assert str(BENCH.parent) not in (tmp_path / "out.json").read_text()
 

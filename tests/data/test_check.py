@@ -179,3 +179,42 @@ def test_help_explains_everything(capsys: pytest.CaptureFixture[str]) -> None:
 def _read(path: Path) -> np.ndarray:
     with open_raster(path) as source:
         return source.read()
+
+
+def test_a_folder_without_splits_is_a_problem_and_a_missing_one_is_told(
+    tmp_path: Path, make_folder: Callable[..., Path]
+) -> None:
+    root = make_folder([(33, 33), (33, 33)], ["train", "val"])
+    report = check_dataset(open_dataset("folder", root))
+    assert (report.problems, report.notes[0]) == ([], "no split 'test'")
+    (root / "split.csv").write_text("image,split\n")
+    (_, problem), *others = check_dataset(open_dataset("folder", root)).problems
+    assert "no image in split 'train' among 0 lines" in problem.message and not others
+
+
+def test_what_is_wrong_with_the_list_of_all_splits_is_one_problem(make_folder: Callable[..., Path]) -> None:
+    root = make_folder([(33, 33), (33, 33)], ["train", "val"])
+    with (root / "split.csv").open("a") as table:
+        table.write("images/part0.tif,test\n")
+    (_, problem), *others = check_dataset(open_dataset("folder", root)).problems
+    assert "lines 2 and 4: both list part0.tif" in problem.message and not others
+
+
+def test_labels_of_another_type_are_not_told_to_be_rescaled(make_folder: Callable[..., Path]) -> None:
+    root = make_folder([(33, 33)], ["train"])
+    trees.write(root / "labels" / "part0.tif", _read(root / "labels" / "part0.png").astype(np.float32))
+    (root / "labels" / "part0.png").unlink()
+    [(_, problem)] = check_dataset(open_dataset("folder", root)).problems
+    assert "float32 values; expected uint8: write the label's codes or colours as bytes" in problem.message
+
+
+@pytest.mark.parametrize("text", ["- a\n", "data: [1]\n", "data: [\n"])
+def test_a_file_that_is_no_configuration(
+    make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    root = make_folder([(33, 33)], ["train"])
+    (root / "run.yaml").write_text(text)
+    assert main(["data", "check", str(root), f"--config={root / 'run.yaml'}"]) == 2
+    assert "run.yaml: " in capsys.readouterr().err
+    (root / "run.yaml").write_text("data:\n")
+    assert main(["data", "check", str(root), f"--config={root / 'run.yaml'}"]) == 0

@@ -220,7 +220,10 @@ def test_bad_files_are_listed_together_or_left_out(loveda: trees.Tree, tmp_path:
     assert data.val is not None and len(data.val.windows) == 1
 
 
-def test_a_damaged_file_is_named_when_it_is_read(potsdam: trees.Tree, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_through", [True, False])
+def test_a_damaged_file_is_named_before_the_first_step_or_when_it_is_read(
+    potsdam: trees.Tree, tmp_path: Path, read_through: bool
+) -> None:
     root = tmp_path / "p"
     shutil.copytree(potsdam.root, root)
     label = root / "5_Labels_all_noBoundary" / "top_potsdam_2_10_label_noBoundary.tif"
@@ -228,10 +231,14 @@ def test_a_damaged_file_is_named_when_it_is_read(potsdam: trees.Tree, tmp_path: 
         values = source.read()
     values[:, 9, 4] = 7
     trees.write(label, values)
-    with pytest.raises(
-        ValueError, match=r"top_potsdam_2_10_label_noBoundary\.tif: \(7, 7, 7\) on 1 pixel, one at row 9"
-    ):
-        evaluated(module(root, "potsdam", "validate"), "val")
+    message = r"top_potsdam_2_10_label_noBoundary\.tif: \(7, 7, 7\) on 1 pixel, one at row 9"
+    if read_through:
+        with pytest.raises(ValueError, match=message):
+            module(root, "potsdam", "validate")
+        return
+    data = module(root, "potsdam", "validate", read_through=False)
+    with pytest.raises(ValueError, match=message):
+        next(iter(data.val_dataloader()))
 
 
 def test_settings_that_do_not_fit(loveda: trees.Tree) -> None:

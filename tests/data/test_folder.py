@@ -66,7 +66,7 @@ def test_missing_table(make_folder) -> None:
         (
             "file,split\npart0,train\n",
             ValueError,
-            r"split\.csv: no column image; its first line reads \['file', 'split'\]",
+            r"split\.csv: no column image; its first line reads 'file,split', expected",
         ),
         (
             "image,split\npart0,training\n",
@@ -114,7 +114,7 @@ def test_colour_labels_wide_pixels_and_mixed_bands(make_folder, write_raster) ->
         split_pairs(root, "train")
     write_raster(label, np.zeros((33, 33), np.uint8))
     write_raster(root / "images" / "part1.tif", np.zeros((4, 33, 33), np.uint8))
-    with pytest.raises(ValueError, match=r"number of bands: .*part0\.tif has 3, .*part1\.tif has 4"):
+    with pytest.raises(ValueError, match=r"part1\.tif: 4 bands, where most images have 3; give all"):
         split_pairs(root, "train")
     write_raster(root / "images" / "part1.tif", np.zeros((3, 33, 33), np.uint16))
     with pytest.raises(ValueError, match=r"part1\.tif: uint16 values; expected uint8"):
@@ -163,3 +163,32 @@ def test_dubai_itself(real_data: str) -> None:
     if not root.is_dir():
         pytest.skip(f"IN2NECT_DATA ({real_data}) holds no dubai/")
     assert [len(split_pairs(root, split)) for split in ("train", "val", "test")] == [48, 8, 16]
+
+
+@pytest.mark.parametrize(("encoding", "where"), [("utf-16", "byte 0xff at position 0"), ("latin-1", "byte 0xe9 at")])
+def test_another_encoding_is_told_with_the_file(make_folder, encoding: str, where: str) -> None:
+    root = make_folder(SIZES, SPLITS)
+    table, classes = root / "split.csv", root / "classes.yaml"
+    table.write_bytes((table.read_text() + "images/\u00e9t\u00e9.tif,val\n").encode(encoding))
+    with pytest.raises(ValueError, match=rf"split\.csv: {where}.* is not UTF-8; save"):
+        split_images(root, "train")
+    classes.write_bytes((classes.read_text() + "# \u00e9t\u00e9\n").encode(encoding))
+    with pytest.raises(ValueError, match=rf"classes\.yaml: {where}.* is not UTF-8; save"):
+        Classes.from_yaml(classes)
+
+
+def test_a_table_that_is_no_text(make_folder) -> None:
+    root = make_folder(SIZES, SPLITS)
+    (root / "split.csv").write_bytes(b"image,split\n\0\0,train\n")
+    with pytest.raises(ValueError, match=r"split\.csv: byte 0x00 at position 12 is no text"):
+        split_images(root, "train")
+
+
+def test_windows_line_ends_and_a_byte_order_mark(make_folder) -> None:
+    root = make_folder(SIZES, SPLITS)
+    expected = {split: split_images(root, split) for split in set(SPLITS)}
+    for name in ("split.csv", "classes.yaml"):
+        text = (root / name).read_text().replace("\n", "\r\n")
+        (root / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert {split: split_images(root, split) for split in set(SPLITS)} == expected
+    assert Classes.from_yaml(root / "classes.yaml").names == ("land", "water", "wood")

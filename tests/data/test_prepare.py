@@ -77,7 +77,7 @@ def test_a_second_call_does_what_is_new_or_has_changed(source: Path, tmp_path: P
     assert prepare(source, target, workers=1)[:2] == (0, 5)
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*.tif")} == times
     os.utime(source / "dsm" / "a.tif", (1, 1))
-    (target / "masks_png" / "3.tif").write_bytes(b"broken")
+    (target / "masks_png" / "3.tif").unlink()
     prepare(source, target, workers=1, progress=lambda done, total, path: seen.append((done, total, path.name)))
     assert seen == [(4, 5, "a.tif"), (5, 5, "3.tif")]
     assert prepare(source, target, workers=1, compression="zstd")[:2] == (5, 0)
@@ -92,8 +92,8 @@ def test_a_damaged_source_is_named_and_leaves_nothing(
     assert main(["data", "prepare", str(source), str(tmp_path / "target"), "--workers=1"]) == 2
     told = capsys.readouterr()
     assert "3 rasters written" in told.out
-    assert "a_RGBIR.tif: cannot be read to its end" in told.err
-    assert "3.png: cannot be read to its end" in told.err
+    assert "a_RGBIR.tif: cannot be rewritten as" in told.err
+    assert "3.png: cannot be rewritten as" in told.err
     assert len([path for path in (tmp_path / "target").rglob("*") if path.is_file()]) == 4
 
 
@@ -111,6 +111,11 @@ def test_what_cannot_be_planned(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no raster in it"):
         plan(tmp_path / "empty", tmp_path / "target")
+    with pytest.raises(ValueError, match=r"x\.png: GeoTIFFs are written; give a name that ends in \.tif"):
+        plan(source / "masks_png" / "3.png", tmp_path / "x.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file: is a file, and .*source a folder"):
+        plan(source, tmp_path / "file")
     trees.write(source / "masks_png" / "3.tif", np.zeros((1, 4, 4), np.uint8))
     with pytest.raises(ValueError, match=r"3\.png and .*3\.tif: both would become"):
         plan(source, tmp_path / "target")
@@ -123,3 +128,42 @@ def test_a_prepared_data_set_reads_the_same(tmp_path: Path) -> None:
         assert main(["data", "check", str(tmp_path / root), "--dataset=loveda", f"--json={tmp_path / root}.json"]) == 0
     plain, tiled = ((tmp_path / f"{root}.json").read_text() for root in ("l", "tiled"))
     assert plain.replace(str(tmp_path / "l"), "") == tiled.replace(str(tmp_path / "tiled"), "")
+
+
+def test_files_of_others_are_not_replaced(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "target"
+    own = trees.write(target / "masks_png" / "3.tif", np.zeros((1, 4, 4), np.uint8))
+    before = own.read_bytes()
+    assert main(["data", "prepare", str(source), str(target), "--workers=1"]) == 2
+    assert "3.tif: there already, and not written by `in2nect data prepare`" in capsys.readouterr().err
+    assert own.read_bytes() == before and not (target / "split.csv").exists()
+    own.unlink()
+    prepare(source, target, workers=1)
+    (target / "split.csv").write_text("image,split\nmine,train\n")
+    prepare(source, target, workers=1)
+    assert "mine" in (target / "split.csv").read_text()
+    (source / "split.csv").write_text("image,split\nnew,train\n")
+    os.utime(source / "split.csv", (2e9, 2e9))
+    prepare(source, target, workers=1)
+    assert "new" in (target / "split.csv").read_text()
+
+
+def test_a_link_to_nowhere_is_named(source: Path, tmp_path: Path) -> None:
+    for name, where in (("lost.tif", "nowhere.tif"), ("ring.tif", "ring.tif"), ("all", ".")):
+        (source / "images" / name).symlink_to(where)
+    written, _, failed = prepare(source, tmp_path / "target", workers=1)
+    assert written == 5
+    assert [line.split(": ")[0] for line in failed] == [
+        str(source / "images" / name) for name in ("lost.tif", "ring.tif")
+    ]
+
+
+def test_types_without_a_predictor(tmp_path: Path) -> None:
+    values = trees.land_cover(0, (64, 48), 2)[None]
+    trees.write(tmp_path / "bits" / "a.tif", values, nbits=1)
+    trees.write(tmp_path / "bits" / "b.tif", values.astype(np.uint16) * 4000, nbits=12)
+    trees.write(tmp_path / "bits" / "c.tif", values.astype(np.complex64))
+    assert prepare(tmp_path / "bits", tmp_path / "target", workers=1) == (3, 0, [])
+    for name in ("a.tif", "b.tif", "c.tif"):
+        with open_raster(tmp_path / "bits" / name) as before, open_raster(tmp_path / "target" / name) as after:
+            np.testing.assert_array_equal(after.read(), before.read())

@@ -12,7 +12,7 @@ from in2nect import _kernels_path
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = {"lightning", "pytorch_lightning", "timm", "segmentation_models_pytorch", "rasterio", "torchvision"}
-PIPELINE |= {"torchmetrics", "matplotlib", "sklearn", "tensorboard", "jsonargparse", "rich"}
+PIPELINE |= {"torchmetrics", "matplotlib", "sklearn", "tensorboard", "jsonargparse", "rich", "transformers"}
 SECONDS = 0.4
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 from torch import Tensor
 
@@ -173,3 +174,23 @@ def test_a_scene_without_georeference_gets_none(tmp_path: Path, image: np.ndarra
     predict_raster(pixelwise, source, tmp_path / "codes.tif", classes=CLASSES, window=64, overlap=16)
     with rasterio.open(tmp_path / "codes.tif") as codes:
         assert codes.crs is None and codes.transform == rasterio.Affine.identity()
+
+
+def test_a_scene_that_is_cut_short_is_named_and_leaves_nothing(tmp_path: Path, image: np.ndarray) -> None:
+    source = write(tmp_path / "scene.tif", image, crs="EPSG:32650", transform=from_origin(5e5, 3e6, 1, 1))
+    source.write_bytes(source.read_bytes()[:-9000])
+    target = tmp_path / "out" / "codes.tif"
+    with pytest.raises(OSError, match=r"scene\.tif: cannot be read to its end \(.*fetch it anew, or take it out"):
+        predict_raster(pixelwise, source, target, classes=CLASSES, window=64, overlap=16)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_ground_control_points_are_kept(tmp_path: Path, image: np.ndarray) -> None:
+    corners = [(0, 0), (0, 205), (123, 0)]
+    points = [GroundControlPoint(row, col, 5e5 + col + 0.5 * row, 3e6 - row) for row, col in corners]
+    source = write(tmp_path / "scene.tif", image, crs="EPSG:32650", gcps=points)
+    target = predict_raster(pixelwise, source, tmp_path / "codes.tif", classes=CLASSES)
+    with rasterio.open(target) as codes:
+        found, system = codes.gcps
+    assert system.to_string() == "EPSG:32650"
+    assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]

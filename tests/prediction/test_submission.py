@@ -195,3 +195,16 @@ def test_command(good: dict[str, bytes], root: Path, tmp_path: Path, capsys: pyt
     assert main([str(bad), f"--root={root}"]) == 2
     told = capsys.readouterr().out
     assert "not to be sent: 2 problems" in told and "4191.png: not a PNG" in told and "x/: a folder" in told
+
+
+def test_a_zip_with_a_damaged_stream_is_told(good: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in good.items():
+            archive.writestr(name, content)
+    content = bytearray(path.read_bytes())
+    for position in range(60, 90):
+        content[position] ^= 0x5A
+    path.write_bytes(content)
+    (problem,) = check_submission(path)
+    assert problem.startswith("4191.png: cannot be read from the zip (Error -3 while decompressing")

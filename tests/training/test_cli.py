@@ -374,6 +374,15 @@ def test_mistakes_are_answered_briefly(
     assert message in told and "Traceback" not in told and len(told.splitlines()) < 20
 
 
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("in2nect.data.command.main", interrupted)
+    assert main(["data", "check", "."]) == 130
+    assert capsys.readouterr().err == "in2nect: interrupted\n"
+
+
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IN2NECT_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):

@@ -101,3 +101,10 @@ def test_a_training_stops_before_its_first_step_or_skips(tmp_path: Path, capsys:
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.warns(UserWarning, match="1 of 5 scenes left out"):
         assert fit("loveda_unetformer_512.yaml", root, tmp_path / "run", "--data.on_bad_file=skip") == 0
+
+
+@pytest.mark.parametrize("name", ["root", "classes", "predict_images"])
+def test_null_on_the_command_line_is_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", f"--data.{name}=null", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"][name] is None
