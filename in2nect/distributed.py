@@ -121,7 +121,7 @@ class RowBlocks(NamedTuple):
 
 
 def global_mean(total: Tensor, weight: Tensor, *, process_group: ProcessGroup | Literal["world"] | None) -> Tensor:
-    """The mean of what lies on all ranks, ``sum_r total_r / sum_r weight_r``, 0 where no rank has any weight.
+    """The mean of what lies on all ranks, ``sum_r total_r / sum_r weight_r``, 0 where they have no weight at all.
 
     The mean over labelled pixels of a loss, which DistributedDataParallel's average over ranks gets wrong where ranks
     have unequal numbers of them.
@@ -137,16 +137,16 @@ def global_mean(total: Tensor, weight: Tensor, *, process_group: ProcessGroup | 
     weight = weight.detach()
     group = group_name(process_group)
     if group is None:
-        return total / _not_zero(weight)
+        return total / _not_zero(weight, total.dtype)
     sums, weights = sum_over_ranks(total, weight, group=group)
-    weights = _not_zero(weights)
+    weights = _not_zero(weights, total.dtype)
     own = number_of_ranks(group) * total / weights
     return own - own.detach() + sums / weights  # the difference is a zero, which carries the gradient
 
 
-def _not_zero(weight: Tensor) -> Tensor:
-    """A weight of zero is that of nothing, whose sum is zero too."""
-    return torch.where(weight == 0, torch.ones_like(weight), weight)
+def _not_zero(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Infinity for a weight of zero: the mean of what has none is 0, whatever its sum."""
+    return torch.where(weight == 0, torch.inf, weight.to(dtype))
 
 
 def _resolve(group: str) -> ProcessGroup:
