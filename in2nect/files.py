@@ -13,7 +13,7 @@ from typing import Any
 @contextmanager
 def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `target`, with its suffix; brought to the disk and renamed to `target` on
-    success, removed on an exception. An OSError that names no file comes to name `target`.
+    success, removed on an exception. An error of the operating system that names no file comes to name `target`.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _to_disk(target.parent, os.O_RDONLY)
     except OSError as error:
-        if error.filename is None:  # as on a full disk
+        if error.errno is not None and error.filename is None:  # as on a full disk; not an error of ours, in words
             error.filename = str(target)
         raise
     finally:
