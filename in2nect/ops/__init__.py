@@ -1,4 +1,4 @@
-"""The operators (namespace ``in2nect::`` of torch.library): one file each, with schema, fake, autograd and backends."""
+"""The operators (PyTorch's namespace ``in2nect::``): one file each, with schema, fake, autograd and backends."""
 
 from in2nect.ops._registration import accumulation_dtype
 from in2nect.ops.backend import use_backend, warn_slow

@@ -1,5 +1,5 @@
-"""The one way an operator enters torch.library: schema, eager kernel, fake, autograd, and second derivatives refused in
-words."""
+"""The one way an operator is registered with PyTorch: schema, eager kernel, fake, autograd, and second derivatives
+refused in words."""
 
 from __future__ import annotations
 

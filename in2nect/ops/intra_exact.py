@@ -215,10 +215,16 @@ def _reference_backward(
     row_weights, row_anchors = (torch.where(valid, values[classes], 0.0) for values in (weights, anchors))
     pair_backward = select("pair_logsumexp_backward", features.device)
     grad_rows, _ = pair_backward(row_anchors, log_d, rows, None, row_weights, temperature)
-    grad_rows = grad_rows - positive[classes] + own[classes, None] * rows
-    if normalize:
-        grad_rows = through_normalization(grad_rows, rows, raw)
+    grad_rows = _to_raw(grad_rows, raw, rows, classes, positive, own, normalize)
     return to_features(torch.where(valid[:, None], grad_rows, 0.0), features, *labels.shape[1:])
+
+
+def _to_raw(
+    grad_rows: Tensor, raw: Tensor, rows: Tensor, classes: Tensor, positive: Tensor, own: Tensor, normalize: bool
+) -> Tensor:
+    """Gradient (N, d) of the raw rows, from that of the log D part by what is compared of them."""
+    grad_rows = grad_rows - positive[classes] + own[classes, None] * rows
+    return through_normalization(grad_rows, rows, raw) if normalize else grad_rows
 
 
 def _of_all_ranks(
@@ -266,11 +272,8 @@ def _of_all_ranks_backward(
         key_weights = weights[of_rank.key_classes]
         grad_rows, grad_keys = run(anchors[classes], log_d[pixels], rows, keys, key_weights, temperature)
     grad_rows = grad_rows + of_rank.blocks.sum_of_own(grad_keys)
-    grad_rows = grad_rows - positive[classes] + own[classes, None] * rows
-    if normalize:
-        grad_rows = through_normalization(grad_rows, rows, of_rank.raw)
     grad = rows.new_zeros((labels.numel(), rows.shape[1]))
-    grad[pixels] = grad_rows
+    grad[pixels] = _to_raw(grad_rows, of_rank.raw, rows, classes, positive, own, normalize)
     return to_features(grad, features, *labels.shape[1:])
 
 
